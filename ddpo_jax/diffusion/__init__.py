@@ -1,0 +1,1 @@
+"""The policy: noise schedule, DDIM step with log-probability, guidance and the sampler."""

@@ -1,0 +1,123 @@
+"""Noise schedules of Stable Diffusion, read from a folder's ``scheduler/scheduler_config.json``.
+
+Notation follows DDIM (Song et al. 2021, arXiv:2010.02502): alphas_cumprod is the paper's alpha_t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
+SPACINGS = ("leading", "trailing", "linspace")
+
+
+@struct.dataclass
+class Schedule:
+    """Everything a denoising step needs, per step (index 0 is the noisiest)."""
+
+    timesteps: Int[Array, " T"]  # the network's time input, 0..num_train_timesteps-1
+    alpha: Float[Array, " T"]  # alphas_cumprod at the step's timestep
+    alpha_prev: Float[Array, " T"]  # and at the timestep it leads to
+    std: Float[Array, " T"]  # of the step's Gaussian: eta * sqrt(posterior variance)
+    alphas_cumprod: Float[Array, " train"]  # of all training timesteps
+    trainable: Bool[np.ndarray, " T"] = struct.field(pytree_node=False)  # False where std = 0: no density exists there
+    prediction_type: str = struct.field(pytree_node=False)
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.trainable)
+
+
+def make(config: Mapping[str, Any], num_steps: int, eta: float) -> Schedule:
+    """Builds the schedule of ``num_steps`` DDIM steps.
+
+    Args:
+      config: the diffusers scheduler config (of any scheduler class of SD 1.x/2.x: betas and spacing are shared).
+      num_steps: number of denoising steps T.
+      eta: 0 is the deterministic DDIM, 1 the DDPM posterior (``variance_type = fixed_small``).
+
+    Raises:
+      ValueError: for an option of the config that is not supported, or ``num_steps`` out of range.
+    """
+    options = {
+        "num_train_timesteps": 1000,
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+        "set_alpha_to_one": True,
+        "trained_betas": None,
+        "clip_sample": False,
+        "thresholding": False,
+        "rescale_betas_zero_snr": False,
+    } | dict(config)
+    _choice("prediction_type", options["prediction_type"], PREDICTION_TYPES)
+    _choice("beta_schedule", options["beta_schedule"], BETA_SCHEDULES)
+    _choice("timestep_spacing", options["timestep_spacing"], SPACINGS)
+    for key in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
+        _choice(key, options[key], (False,))
+    train_steps = options["num_train_timesteps"]
+    if not 1 <= num_steps <= train_steps:
+        raise ValueError(f"sample.num_steps: received {num_steps}; must be in 1..{train_steps}; choose a smaller number")
+
+    alphas_cumprod = np.cumprod(1.0 - _betas(options))
+    timesteps = _timesteps(num_steps, train_steps, options["timestep_spacing"], options["steps_offset"])
+    prev = timesteps - train_steps // num_steps
+    final = 1.0 if options["set_alpha_to_one"] else alphas_cumprod[0]
+    alpha, alpha_prev = alphas_cumprod[timesteps], np.where(prev >= 0, alphas_cumprod[np.maximum(prev, 0)], final)
+    variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
+    std = eta * np.sqrt(variance)
+    return Schedule(
+        timesteps=jnp.asarray(timesteps, jnp.int32),
+        alpha=jnp.asarray(alpha, jnp.float32),
+        alpha_prev=jnp.asarray(alpha_prev, jnp.float32),
+        std=jnp.asarray(std, jnp.float32),
+        alphas_cumprod=jnp.asarray(alphas_cumprod, jnp.float32),
+        trainable=std > 0,
+        prediction_type=options["prediction_type"],
+    )
+
+
+def _choice(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(
+            f"scheduler_config.json {key}: received {value!r}; must be one of {list(allowed)}; use a folder that has it"
+        )
+
+
+def _betas(options: Mapping[str, Any]) -> np.ndarray:
+    if options["trained_betas"] is not None:
+        return np.asarray(options["trained_betas"], np.float64)
+    start, end, n = options["beta_start"], options["beta_end"], options["num_train_timesteps"]
+    if options["beta_schedule"] == "scaled_linear":
+        return np.linspace(start**0.5, end**0.5, n) ** 2
+    if options["beta_schedule"] == "linear":
+        return np.linspace(start, end, n)
+    # squared cosine (Nichol & Dhariwal 2021, Eq. 17), capped at 0.999
+    alpha_bar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+def _timesteps(num_steps: int, train_steps: int, spacing: str, offset: int) -> np.ndarray:
+    if spacing == "leading":
+        steps = np.arange(num_steps)[::-1] * (train_steps // num_steps) + offset
+    elif spacing == "trailing":
+        steps = np.round(np.arange(train_steps, 0, -train_steps / num_steps)).astype(np.int64) - 1
+    else:
+        steps = np.round(np.linspace(0, train_steps - 1, num_steps))[::-1]
+    steps = steps.astype(np.int64)
+    if steps.max() >= train_steps:
+        raise ValueError(
+            f"sample.num_steps: received {num_steps}; with steps_offset {offset} the first timestep would be "
+            f"{steps.max()}, beyond the {train_steps} trained ones; choose a smaller number"
+        )
+    return steps

@@ -1,0 +1,322 @@
+"""The learner: scalars per (sample, step) -> coefficients -> one gradient, summed over microbatches, steps and devices.
+
+For a loss L on StepTerms, the gradient is  sum over (n, s) of  dL/dterm[n, s] * grad term[n, s].  A separable loss gives
+its coefficients microbatch by microbatch (one pass); a loss that couples steps or samples gets all terms from one extra
+forward pass first. Memory holds one microbatch of one step, whatever T is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from ddpo_jax import sharding
+from ddpo_jax.diffusion import ddim
+from ddpo_jax.diffusion.policy import Policy
+from ddpo_jax.ops import gaussian
+from ddpo_jax.types import Batch, Params, StepTerms, Traits
+
+NetworkFn = Callable[[Params, Params, Array, Array, Array], Array]  # (trained, frozen, latents, timesteps, context)
+
+
+@struct.dataclass
+class TrainState:
+    """What an update changes; all of it is checkpointed."""
+
+    params: Params
+    opt_state: optax.OptState
+    ema: Params  # exponential moving average of params; empty when it is off
+    step: Int[Array, ""]  # updates done
+
+
+@struct.dataclass
+class Minibatch:
+    """The samples of one update, with the (sample, step) pairs to train. Leading axis N everywhere."""
+
+    latents: Float[Array, "N T1 h w c"]
+    context: Float[Array, "N L D"]
+    old_log_prob: Float[Array, "N T"]
+    advantages: Float[Array, " N"]
+    rewards: Float[Array, " N"]
+    prompt_ids: Int[Array, " N"]
+    sample_weight: Float[Array, " N"]
+    steps: Int[Array, "N S"]  # the trained steps of each sample
+    step_weight: Float[Array, "N S"]  # timestep weight of each, mean 1 over a trajectory
+    mask: Float[Array, "N S"]  # 0 where a pair is padding
+    seeds: Int[Array, " N"]  # of the random timesteps and noise of denoise_mse
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """An algorithm as the learner sees it."""
+
+    traits: Traits
+    loss: Callable[[StepTerms, Batch], Array]
+    clip_range: float
+
+
+def make_optimizer(config: Any) -> optax.GradientTransformation:
+    """AdamW behind a clip of the global gradient norm (keys of ``config.train``)."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            config.learning_rate,
+            b1=config.adam_b1,
+            b2=config.adam_b2,
+            eps=config.adam_eps,
+            weight_decay=config.weight_decay,
+        ),
+    )
+
+
+class Learner:
+    """Holds what never changes during training and compiles the update once."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        network: NetworkFn,
+        objective: Objective,
+        tx: optax.GradientTransformation,
+        mesh: Mesh,
+        microbatch_size: int,
+        ema_decay: float = 0.0,
+    ):
+        """Args:
+        policy: its ``network`` field is replaced by ``network`` with the frozen parameters bound.
+        network: the trained network.
+        objective: loss and traits of the algorithm.
+        tx: optimizer.
+        mesh: of devices; samples are split over both of its axes.
+        microbatch_size: samples per network call on one device.
+        ema_decay: of the average of the parameters; 0 turns it off.
+        """
+        self._policy, self._network, self._objective, self._tx = policy, network, objective, tx
+        self._mesh, self._microbatch, self._ema_decay = mesh, microbatch_size, ema_decay
+        self.update = jax.jit(self._update, donate_argnums=0)
+        self.log_prob = jax.jit(self._log_prob)
+
+    def init(self, params: Params) -> TrainState:
+        """The state before the first update."""
+        params = sharding.put_params(params, self._mesh)
+        opt_state = jax.jit(self._tx.init)(params)
+        opt_state = sharding.put_params(opt_state, self._mesh)
+        ema = jax.tree.map(jnp.copy, params) if self._ema_decay else {}
+        return TrainState(params=params, opt_state=opt_state, ema=ema, step=sharding.replicate(jnp.int32(0), self._mesh))
+
+    def _update(
+        self, state: TrainState, reference: Params, frozen: Params, uncond: Array, batch: Minibatch
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """One optimizer step on a minibatch: ``(state, metrics)``."""
+        grads, metrics = self._sharded(self._gradient, (sharding.param_specs(state.params, self._mesh), P()))(
+            state.params, reference, frozen, uncond, batch
+        )
+        updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = optax.incremental_update(params, state.ema, 1 - self._ema_decay) if self._ema_decay else state.ema
+        metrics |= {"grad_norm": optax.global_norm(grads)}
+        return state.replace(params=params, opt_state=opt_state, ema=ema, step=state.step + 1), metrics
+
+    def _log_prob(
+        self, params: Params, reference: Params, frozen: Params, uncond: Array, batch: Minibatch
+    ) -> StepTerms:
+        """All terms [N, S] of a minibatch, without gradient."""
+
+        def terms(*args: Any) -> StepTerms:
+            return _map_pairs(partial(self._terms, *args), args[-1], self._microbatch)
+
+        return self._sharded(terms, sharding.BATCH)(params, reference, frozen, uncond, batch)
+
+    def _sharded(self, function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
+        """``function(params, reference, frozen, uncond, batch)`` on every device's own samples and whole parameters."""
+
+        def call(params: Params, reference: Params, frozen: Params, uncond: Array, batch: Minibatch) -> Any:
+            specs = [sharding.param_specs(tree, self._mesh) for tree in (params, reference, frozen)]
+
+            def local(params: Params, reference: Params, frozen: Params, uncond: Array, batch: Minibatch) -> Any:
+                whole = [
+                    sharding.gather_params(tree, spec)
+                    for tree, spec in zip((params, reference, frozen), specs, strict=True)
+                ]
+                return function(*whole, uncond, batch)
+
+            return jax.shard_map(
+                local,
+                mesh=self._mesh,
+                in_specs=(*specs, P(), sharding.BATCH),
+                out_specs=out_specs,
+                check_vma=False,  # gradients stay per device until scatter_grads sums them, once per update
+            )(params, reference, frozen, uncond, batch)
+
+        return call
+
+    def _gradient(
+        self, params: Params, reference: Params, frozen: Params, uncond: Array, batch: Minibatch
+    ) -> tuple[Params, dict[str, Array]]:
+        """On one device: the gradient of the whole minibatch's loss (summed over devices) and its metrics."""
+        traits = self._objective.traits
+        weight = batch.step_weight * batch.sample_weight[:, None]
+        pairs = jax.lax.psum(batch.mask.sum(), sharding.BATCH_AXES)
+        data = self._data(batch)
+
+        def terms_of(params: Params, rows: Array, column: Array) -> StepTerms:
+            return self._terms(params, reference, frozen, uncond, batch, rows, column)
+
+        def separable(params: Params, rows: Array, column: Array) -> tuple[Array, StepTerms]:
+            terms = terms_of(params, rows, column)
+            picked = jax.tree.map(lambda x: x[rows, column][:, None] if x.ndim == 2 else x[rows], data)
+            losses = self._objective.loss(terms, picked) * picked.mask * weight[rows, column][:, None]
+            return losses.sum() / pairs, terms
+
+        def coupled(
+            coefficients: StepTerms, params: Params, rows: Array, column: Array
+        ) -> tuple[Array, StepTerms]:
+            terms = terms_of(params, rows, column)
+            scale = weight[rows, column][:, None]
+            products = jax.tree.map(lambda c, x: (c[rows, column][:, None] * scale * x).sum(), coefficients, terms)
+            return sum(jax.tree.leaves(products)), terms
+
+        surrogate = separable
+        if not traits.separable:
+            everything = _map_pairs(partial(terms_of, params), batch, self._microbatch)
+            loss, coefficients = self._coefficients(everything, data)
+            surrogate = partial(coupled, coefficients)
+
+        def accumulate(carry: tuple[Params, Array, dict[str, Array]], index: tuple[Array, Array]) -> tuple[Any, None]:
+            grads, total, stats = carry
+            (part, terms), grad = jax.value_and_grad(surrogate, has_aux=True)(params, *index)
+            new = _statistics(terms, data, self._objective.clip_range, *index)
+            stats = {k: (jnp.maximum if k.startswith("max_") else jnp.add)(stats[k], v) for k, v in new.items()}
+            return (jax.tree.map(jnp.add, grads, grad), total + part, stats), None
+
+        indices = _pair_indices(batch, self._microbatch)
+        first = jax.tree.map(lambda x: x[0], indices)
+        shapes = jax.eval_shape(lambda: _statistics(terms_of(params, *first), data, self._objective.clip_range, *first))
+        zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), {k: jnp.zeros(()) for k in shapes})
+        (grads, total, stats), _ = jax.lax.scan(accumulate, zero, indices)
+
+        specs = sharding.param_specs(params, self._mesh)
+        metrics = {
+            k: jax.lax.pmax(v, sharding.BATCH_AXES) if k.startswith("max_") else jax.lax.psum(v, sharding.BATCH_AXES) / pairs
+            for k, v in stats.items()
+        }
+        metrics["loss"] = jax.lax.psum(total, sharding.BATCH_AXES) if traits.separable else loss
+        return sharding.scatter_grads(grads, specs), metrics
+
+    def _coefficients(self, terms: StepTerms, data: Batch) -> tuple[Array, StepTerms]:
+        """Loss and dL/dterms [n, S] of this device's samples, for a loss that needs the terms of all samples."""
+        axes = sharding.BATCH_AXES
+        everyone = partial(jax.lax.all_gather, axis_name=axes, tiled=True)
+        all_terms, all_data = jax.tree.map(everyone, terms), jax.tree.map(everyone, data)
+        loss, coefficients = jax.value_and_grad(lambda t: self._objective.loss(t, all_data).mean())(all_terms)
+        start = jax.lax.axis_index(axes) * data.mask.shape[0]
+        return loss, jax.tree.map(lambda c: jax.lax.dynamic_slice_in_dim(c, start, data.mask.shape[0]), coefficients)
+
+    def _data(self, batch: Minibatch) -> Batch:
+        """The algorithm's view of a minibatch."""
+        pick = partial(jnp.take_along_axis, indices=batch.steps, axis=1)
+        return Batch(
+            old_log_prob=pick(batch.old_log_prob),
+            advantages=batch.advantages,
+            rewards=batch.rewards,
+            prompt_ids=batch.prompt_ids,
+            mask=batch.mask,
+            clip_range=self._objective.clip_range,
+            num_dims=batch.latents[0, 0].size,
+        )
+
+    def _terms(
+        self,
+        params: Params,
+        reference: Params,
+        frozen: Params,
+        uncond: Array,
+        batch: Minibatch,
+        rows: Int[Array, " M"],
+        column: Int[Array, ""],
+    ) -> StepTerms:
+        """The terms the algorithm asks for, of one trained step of M samples: each [M, 1]."""
+        wanted = self._objective.traits.terms
+        policy = dataclasses.replace(self._policy, network=lambda p, *inputs: self._network(p, frozen, *inputs))
+        steps, context = batch.steps[rows, column], batch.context[rows]
+        latents, next_latents = batch.latents[rows, steps], batch.latents[rows, steps + 1]
+        out: dict[str, Array] = {}
+        if wanted & {"log_prob", "ref_log_prob", "kl", "noise_mse"}:
+            mean, std, output = policy.step(params, latents, steps, context, uncond)
+            if "log_prob" in wanted:
+                out["log_prob"] = gaussian.log_prob(next_latents, mean, std)
+            if wanted & {"ref_log_prob", "kl", "noise_mse"}:
+                ref_mean, _, ref_output = jax.lax.stop_gradient(policy.step(reference, latents, steps, context, uncond))
+                if "ref_log_prob" in wanted:
+                    out["ref_log_prob"] = gaussian.log_prob(next_latents, ref_mean, std)
+                if "kl" in wanted:
+                    out["kl"] = gaussian.kl(mean, ref_mean, std)
+                if "noise_mse" in wanted:
+                    out["noise_mse"] = jnp.mean((output - ref_output) ** 2, axis=(1, 2, 3))
+        if "denoise_mse" in wanted:
+            out["denoise_mse"] = self._denoise_mse(policy, params, batch, rows, column, context, uncond)
+        return StepTerms(**{name: value[:, None] for name, value in out.items()})
+
+    def _denoise_mse(
+        self, policy: Policy, params: Params, batch: Minibatch, rows: Array, column: Array, context: Array, uncond: Array
+    ) -> Float[Array, " M"]:
+        """The denoising loss of the final latents at a random training timestep (DDPO paper, Eq. 1)."""
+        schedule, clean = policy.schedule, batch.latents[rows, -1]
+
+        def draw(seed: Array) -> tuple[Array, Array]:
+            t_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), column))
+            t = jax.random.randint(t_key, (), 0, schedule.alphas_cumprod.shape[0])
+            return t, jax.random.normal(noise_key, clean.shape[1:])
+
+        timesteps, noise = jax.vmap(draw)(batch.seeds[rows])
+        noised, target = ddim.add_noise(schedule, clean, noise, timesteps)
+        output = policy.model_output(params, noised, timesteps, context, uncond)
+        return jnp.mean((output - target) ** 2, axis=(1, 2, 3))
+
+
+def _pair_indices(batch: Minibatch, microbatch: int) -> tuple[Int[Array, "I M"], Int[Array, " I"]]:
+    """``(rows, column)`` of every network call: microbatches of samples x trained steps."""
+    samples, steps = batch.steps.shape
+    if samples % microbatch:
+        raise ValueError(
+            f"train.microbatch_size: received {microbatch}; must divide the {samples} samples of a minibatch on one device"
+        )
+    rows = jnp.arange(samples).reshape(-1, microbatch)
+    columns = jnp.arange(steps)
+    return jnp.repeat(rows, steps, axis=0), jnp.tile(columns, len(rows))
+
+
+def _map_pairs(
+    terms_of: Callable[[Array, Array], StepTerms], batch: Minibatch, microbatch: int
+) -> StepTerms:
+    """The terms of all pairs [n, S], one microbatch of one step at a time."""
+    samples, steps = batch.steps.shape
+    out = jax.lax.map(lambda index: terms_of(*index), _pair_indices(batch, microbatch))  # leaves [I, M, 1]
+    return jax.tree.map(
+        lambda x: x.reshape(samples // microbatch, steps, microbatch).swapaxes(1, 2).reshape(samples, steps), out
+    )
+
+
+def _statistics(terms: StepTerms, data: Batch, clip_range: float, rows: Array, column: Array) -> dict[str, Array]:
+    """Sums over a microbatch of what the metrics report: k3 estimate of the KL, clipped share, largest deviation."""
+    mask = data.mask[rows, column]
+    out = {name: (getattr(terms, name)[:, 0] * mask).sum() for name in ("kl", "noise_mse", "denoise_mse") if getattr(terms, name) is not None}
+    if terms.log_prob is None:
+        return out
+    log_ratio = terms.log_prob[:, 0] - data.old_log_prob[rows, column]
+    deviation = jnp.abs(jnp.expm1(log_ratio)) * mask
+    return out | {
+        "approx_kl": ((jnp.expm1(log_ratio) - log_ratio) * mask).sum(),
+        "clip_fraction": ((deviation > clip_range) * mask).sum(),
+        "max_ratio_deviation": deviation.max(),
+    }

@@ -1,0 +1,43 @@
+"""An NNX module as a pure function of flat, named parameters: ``{"down_blocks.0.resnets.0.conv1.kernel": array}``.
+
+Flat names are what checkpoints, LoRA, key maps and logs agree on; the split into trained and frozen parameters is by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flax import nnx
+from jaxtyping import Array
+
+from ddpo_jax.types import Params
+
+
+def flat_params(module: nnx.Module) -> Params:
+    """The module's parameters by dotted name."""
+    return {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(module))}
+
+
+def functional(
+    module: nnx.Module, trainable: Callable[[str], bool]
+) -> tuple[Callable[..., Array], Params, Params]:
+    """Splits a module into a pure function and its parameters.
+
+    Args:
+      module: any NNX module whose state is parameters only.
+      trainable: says by dotted name whether a parameter is trained.
+
+    Returns:
+      ``apply(trained, frozen, *inputs)``, the trained parameters, the frozen parameters.
+    """
+    graphdef, state = nnx.split(module)
+    paths = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
+    trained = {name: variable[...] for name, (_, variable) in paths.items() if trainable(name)}
+    frozen = {name: variable[...] for name, (_, variable) in paths.items() if name not in trained}
+
+    def apply(trained: Params, frozen: Params, *inputs: Array) -> Array:
+        values = {**frozen, **trained}
+        flat = [(path, variable.replace(values[name])) for name, (path, variable) in paths.items()]
+        return nnx.merge(graphdef, nnx.from_flat_state(flat))(*inputs)
+
+    return apply, trained, frozen

@@ -1,0 +1,317 @@
+"""Layers that the UNet and the VAE share, and the reader of ``config.json``.
+
+Images are NHWC. Parameters are float32; ``dtype`` is the compute dtype. Statistics of norms are float32 always.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection, Mapping
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+ConfigT = TypeVar("ConfigT")
+Padding = tuple[tuple[int, int], tuple[int, int]]
+_CONV_DIMS = ("NHWC", "HWIO", "NHWC")
+
+
+def read_config(
+    cls: type[ConfigT],
+    raw: Mapping[str, Any],
+    *,
+    class_name: str,
+    fixed: Mapping[str, Collection[Any]],
+    ignored: Collection[str],
+) -> ConfigT:
+    """Builds the dataclass ``cls`` from the content of a folder's ``config.json``.
+
+    A key that is absent takes the default of ``cls``, which is the default of the PyTorch class: files written by older
+    versions rely on it. Lists become tuples.
+
+    Args:
+      cls: frozen dataclass whose fields are the options that are honoured.
+      raw: the parsed JSON.
+      class_name: the ``_class_name`` the file must carry, when it carries one.
+      fixed: options that exist upstream of which only the given values are supported.
+      ignored: keys without effect on the computation. Keys that start with an underscore are metadata.
+
+    Raises:
+      ValueError: naming every option that is unknown or has an unsupported value.
+    """
+    faults = []
+    found = raw.get("_class_name", class_name)
+    if found != class_name:
+        faults.append(f"_class_name={found!r}: expected {class_name!r}; point to the folder of that module")
+    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for key, value in raw.items():
+        value = _to_tuple(value)
+        if key in fields:
+            values[key] = value
+        elif key in fixed:
+            if value not in fixed[key]:
+                allowed = ", ".join(repr(option) for option in fixed[key])
+                faults.append(f"{key}={value!r}: only {allowed} is supported; use a model without this option")
+        elif not key.startswith("_") and key not in ignored:
+            faults.append(f"{key}={value!r}: unknown option; use a Stable Diffusion 1.x or 2.x model")
+    if faults:
+        raise ValueError(f"{class_name} config.json: " + "; ".join(faults))
+    return cls(**values)
+
+
+def _to_tuple(value: Any) -> Any:
+    return tuple(_to_tuple(item) for item in value) if isinstance(value, list | tuple) else value
+
+
+def require(condition: bool, class_name: str, key: str, value: Any, rule: str) -> None:
+    """Raises the one-line ValueError of a bad option of ``config.json`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"{class_name} config.json: {key}={value!r}: {rule}")
+
+
+# ---------------------------------------------------------------------------------------------------------- convolution
+
+
+def conv(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C D"], stride: int, padding: Padding) -> Array:
+    """2-D convolution (cross-correlation), NHWC by HWIO, the same value on every backend.
+
+    On CPU the kernel gradient that XLA derives is 20-60 times slower inside ``lax.scan`` than outside: it becomes a
+    convolution with image-sized windows, which has no fast path there. It is written as kh*kw matrix products instead.
+    A custom rule has no forward mode (jvp) on CPU.
+
+    Args:
+      x: images.
+      kernel: window; a 1x1 window with stride 1 and no padding is a matrix product.
+      stride: the same in both directions.
+      padding: zeros ((top, bottom), (left, right)).
+    """
+    if kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0)):
+        return x @ kernel[0, 0]
+    if jax.default_backend() == "cpu":
+        return _conv_cpu(x, kernel, stride, padding)
+    return _conv_lax(x, kernel, stride, padding)
+
+
+def _conv_lax(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=_CONV_DIMS)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _conv_cpu(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    return _conv_lax(x, kernel, stride, padding)
+
+
+def _conv_cpu_fwd(x: Array, kernel: Array, stride: int, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
+    return _conv_lax(x, kernel, stride, padding), (x, kernel)
+
+
+def _conv_cpu_bwd(stride: int, padding: Padding, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    x, kernel = saved
+    # The values of both functions are unused and compiled away; only their transposes run.
+    _, input_pullback = jax.vjp(lambda value: _conv_lax(value, kernel, stride, padding), x)
+    _, kernel_pullback = jax.vjp(lambda value: _conv_matmul(x, value, stride, padding), kernel)
+    return *input_pullback(dy), *kernel_pullback(dy)
+
+
+def _conv_matmul(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    """The convolution as a sum of matrix products, one per window position."""
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    height, width = ((padded.shape[axis] - kernel.shape[axis - 1]) // stride * stride + 1 for axis in (1, 2))
+    products = [
+        padded[:, i : i + height : stride, j : j + width : stride] @ kernel[i, j]
+        for i in range(kernel.shape[0])
+        for j in range(kernel.shape[1])
+    ]
+    return sum(products[1:], products[0])
+
+
+_conv_cpu.defvjp(_conv_cpu_fwd, _conv_cpu_bwd)
+
+
+class Conv(nnx.Conv):
+    """Convolution with a square window and explicit zero padding; parameters ``kernel`` (HWIO) and ``bias``."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int | Padding = 0,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        pairs = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
+        super().__init__(
+            in_features,
+            out_features,
+            (kernel_size, kernel_size),
+            strides=(stride, stride),
+            padding=pairs,
+            dtype=jnp.dtype(dtype),
+            rngs=rngs,
+        )
+        self.pairs = pairs
+        self.stride = stride
+
+    def __call__(self, inputs: Float[Array, "B H W C"], out_sharding: None = None) -> Float[Array, "B h w D"]:
+        kernel = self.kernel[...].astype(self.dtype)
+        out = conv(inputs.astype(self.dtype), kernel, self.stride, self.pairs)
+        return out if self.bias is None else out + self.bias[...].astype(self.dtype)
+
+
+class Linear(nnx.Linear):
+    """Matrix product over the last axis; parameters ``kernel`` [in, out] and ``bias``."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        use_bias: bool = True,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(in_features, out_features, use_bias=use_bias, dtype=jnp.dtype(dtype), rngs=rngs)
+
+
+# ---------------------------------------------------------------------------------------------------------------- norms
+
+
+def _moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """Mean and variance in float32, reduced dimensions kept.
+
+    Half-precision input reads memory once (E[x^2] - E[x]^2: its cancellation is far below the rounding of the input);
+    wider input takes the second pass that exactness needs.
+    """
+    half = jnp.dtype(x.dtype).itemsize < 4
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = jnp.mean(x, axes, keepdims=True)
+    if half:
+        variance = jnp.maximum(jnp.mean(jnp.square(x), axes, keepdims=True) - jnp.square(mean), 0.0)
+    else:
+        variance = jnp.mean(jnp.square(x - mean), axes, keepdims=True)
+    return mean, variance
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation over all axes but the first, the last split into groups. Statistics in float32."""
+
+    def __init__(self, num_groups: int, num_features: int, *, epsilon: float, dtype: DTypeLike = jnp.float32):
+        if num_features % num_groups:
+            raise ValueError(
+                f"norm_num_groups={num_groups}: must divide the {num_features} channels; choose a divisor of them"
+            )
+        self.scale = nnx.Param(jnp.ones((num_features,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((num_features,), jnp.float32))
+        self.num_groups = num_groups
+        self.epsilon = epsilon
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
+        grouped = x.reshape(x.shape[0], -1, self.num_groups, x.shape[-1] // self.num_groups)
+        mean, variance = _moments(grouped, (1, 3))
+        inverse = lax.rsqrt(variance + self.epsilon)  # [B, 1, G, 1]
+        scale = inverse * self.scale[...].reshape(1, 1, self.num_groups, -1)
+        bias = self.bias[...].reshape(1, 1, self.num_groups, -1)
+        return ((grouped - mean) * scale + bias).astype(self.dtype).reshape(x.shape)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last axis. Statistics in float32."""
+
+    def __init__(self, num_features: int, *, epsilon: float = 1e-5, dtype: DTypeLike = jnp.float32):
+        self.scale = nnx.Param(jnp.ones((num_features,), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((num_features,), jnp.float32))
+        self.epsilon = epsilon
+        self.dtype = jnp.dtype(dtype)
+
+    def __call__(self, x: Float[Array, "*B C"]) -> Float[Array, "*B C"]:
+        mean, variance = _moments(x, (-1,))
+        scale = lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        return ((x - mean) * scale + self.bias[...]).astype(self.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------- blocks
+
+
+def timestep_embedding(
+    timesteps: Array, dim: int, flip_sin_to_cos: bool = True, freq_shift: float = 0.0
+) -> Float[Array, "B dim"]:
+    """Sinusoidal embedding of timesteps (Vaswani et al. 2017, sec. 3.5, period 10 000), float32.
+
+    Args:
+      timesteps: [B], the scheduler's values (0-999).
+      dim: size of the embedding; an odd size ends in a zero.
+      flip_sin_to_cos: cosines first.
+      freq_shift: subtracted from dim / 2 in the exponent's denominator.
+    """
+    half = dim // 2
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - freq_shift))
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    parts = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.pad(jnp.concatenate(parts, axis=-1), ((0, 0), (0, dim % 2)))
+
+
+class ResnetBlock2D(nnx.Module):
+    """norm, silu, conv, (+ time embedding), norm, silu, conv, + input."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        time_channels: int | None = None,
+        groups: int,
+        epsilon: float,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = GroupNorm(groups, in_channels, epsilon=epsilon, dtype=dtype)
+        self.conv1 = Conv(in_channels, out_channels, 3, padding=1, dtype=dtype, rngs=rngs)
+        if time_channels is not None:
+            self.time_emb_proj = Linear(time_channels, out_channels, dtype=dtype, rngs=rngs)
+        self.norm2 = GroupNorm(groups, out_channels, epsilon=epsilon, dtype=dtype)
+        self.conv2 = Conv(out_channels, out_channels, 3, padding=1, dtype=dtype, rngs=rngs)
+        self.has_shortcut = in_channels != out_channels
+        if self.has_shortcut:
+            self.conv_shortcut = Conv(in_channels, out_channels, 1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"], time: Float[Array, "B E"] | None = None) -> Array:
+        hidden = self.conv1(nnx.silu(self.norm1(x)))
+        if time is not None:
+            hidden = hidden + self.time_emb_proj(nnx.silu(time))[:, None, None, :]
+        hidden = self.conv2(nnx.silu(self.norm2(hidden)))
+        return hidden + (self.conv_shortcut(x) if self.has_shortcut else x)
+
+
+class Downsample2D(nnx.Module):
+    """Halves height and width by a 3x3 convolution of stride 2, padded symmetrically or at the far edges only."""
+
+    def __init__(self, channels: int, *, asymmetric: bool, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        padding: int | Padding = ((0, 1), (0, 1)) if asymmetric else 1
+        self.conv = Conv(channels, channels, 3, stride=2, padding=padding, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
+        return self.conv(x)
+
+
+class Upsample2D(nnx.Module):
+    """Doubles height and width by repetition, then a 3x3 convolution."""
+
+    def __init__(self, channels: int, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.conv = Conv(channels, channels, 3, padding=1, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B HH WW C"]:
+        b, h, w, c = x.shape
+        doubled = jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c))
+        return self.conv(doubled.reshape(b, 2 * h, 2 * w, c))

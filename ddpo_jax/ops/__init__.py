@@ -1,0 +1,1 @@
+"""Pure functions: advantages (numpy, host), surrogates, Gaussian densities, masked sums (jax), option checks."""

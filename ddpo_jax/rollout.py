@@ -1,0 +1,159 @@
+"""Rollouts: prompts -> trajectories on the devices -> images -> rewards on host threads -> scored samples on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, UInt8
+
+from ddpo_jax import sharding
+from ddpo_jax.diffusion import sampler
+from ddpo_jax.diffusion.policy import Policy
+from ddpo_jax.ops import steps
+from ddpo_jax.reward_runner import PendingReward, RewardRunner
+from ddpo_jax.types import Params, Samples, Trajectory
+
+Weighting = Callable[[Array, Any], Array]  # (latents [N,T+1,h,w,c], schedule) -> [N,T]
+PromptFn = Callable[[np.random.Generator, int], tuple[list[str], list[dict[str, Any]]]]
+_PROMPTS = 0  # stream of the host generator, see ``generator``
+
+
+def generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
+    """The host's random numbers of one epoch and purpose; nothing carries over, so resuming needs only the epoch."""
+    return np.random.default_rng([seed, epoch, stream])
+
+
+def prompt_id(prompt: str) -> int:
+    """A 63-bit name of the prompt that is the same in every run."""
+    return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "big") >> 1
+
+
+@dataclasses.dataclass
+class Rollout:
+    """One epoch's samples and what is shown of them."""
+
+    samples: Samples
+    prompts: list[str]
+    images: UInt8[np.ndarray, "N H W 3"]
+    parts: dict[str, Float[np.ndarray, " N"]]  # of the reward; NaN where a part does not apply
+    rollout_s: float  # wall time until the last image was on the host
+    reward_s: float  # wall time waited for rewards after that
+
+
+class Collector:
+    """Samples epochs. The device draws the next batch while host threads score the last one."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        network: Callable[..., Array],
+        mesh: Mesh,
+        latent_shape: tuple[int, int, int],
+        weighting: Weighting,
+        embed: Callable[[list[str]], np.ndarray],
+        decode: Callable[[Array], Array],
+        prompt_fn: PromptFn,
+        reward: RewardRunner,
+        *,
+        seed: int,
+        batch_size: int,
+        num_batches: int,
+        samples_per_prompt: int,
+    ):
+        """Args:
+        policy, network, mesh: as the learner's.
+        latent_shape: (h, w, c).
+        weighting: timestep weights of a batch of trajectories.
+        embed: prompts -> embeddings [N, L, D].
+        decode: latents -> uint8 images.
+        prompt_fn: (generator, count) -> prompts and their metadata.
+        reward: runs the reward function.
+        seed: of everything drawn.
+        batch_size, num_batches: samples per device program, programs per epoch.
+        samples_per_prompt: K; consecutive samples share a prompt.
+        """
+        self._policy, self._mesh, self._latent_shape = policy, mesh, latent_shape
+        self._embed, self._decode, self._prompt_fn, self._reward = embed, decode, prompt_fn, reward
+        self._seed, self._batch_size, self._num_batches, self._k = seed, batch_size, num_batches, samples_per_prompt
+        self.trained_steps = np.asarray(policy.schedule.trainable)
+
+        def local(
+            params: Params, frozen: Params, uncond: Array, context: Array, epoch: Array, ids: Array, roots: Array, branch: Array
+        ) -> tuple[Trajectory, Array]:
+            bound = dataclasses.replace(policy, network=lambda p, *inputs: network(p, frozen, *inputs))
+            base = jax.random.fold_in(jax.random.key(seed), epoch)
+            keys, root_keys = [jax.vmap(lambda i: jax.random.fold_in(base, i))(x) for x in (ids, roots)]
+            trajectory = sampler.sample(bound, params, keys, context, uncond, latent_shape, root_keys, branch)
+            return trajectory, weighting(trajectory.latents, policy.schedule)
+
+        def program(params: Params, frozen: Params, uncond: Array, *data: Array) -> tuple[Trajectory, Array]:
+            specs = [sharding.param_specs(tree, mesh) for tree in (params, frozen)]
+
+            def gathered(params: Params, frozen: Params, *rest: Array) -> tuple[Trajectory, Array]:
+                whole = [sharding.gather_params(tree, spec) for tree, spec in zip((params, frozen), specs, strict=True)]
+                return local(*whole, *rest)
+
+            batch, whole = sharding.BATCH, P()
+            return jax.shard_map(
+                gathered,
+                mesh=mesh,
+                in_specs=(*specs, whole, batch, whole, batch, batch, whole),
+                out_specs=batch,
+                check_vma=False,  # the scan's carry starts replicated and becomes per-device
+            )(params, frozen, uncond, *data)
+
+        self._sample = jax.jit(program)
+
+    def collect(
+        self, epoch: int, params: Params, frozen: Params, uncond: Float[Array, "L D"], branch_step: int = 0
+    ) -> Rollout:
+        """One epoch of N = batch_size * num_batches samples.
+
+        Raises:
+          RewardError: the reward failed; nothing of the run's state has changed.
+        """
+        start = time.perf_counter()
+        rng = generator(self._seed, epoch, _PROMPTS)
+        pending: list[tuple[PendingReward, Trajectory, Array, Array]] = []
+        prompts: list[str] = []
+        for batch in range(self._num_batches):
+            distinct, metadata = self._prompt_fn(rng, self._batch_size // self._k)
+            names = [prompt for prompt in distinct for _ in range(self._k)]
+            described = [entry for entry in metadata for _ in range(self._k)]
+            ids = np.arange(self._batch_size, dtype=np.int32) + batch * self._batch_size
+            roots = ids // self._k * self._k if branch_step else ids
+            context, ids, roots = sharding.put_batch((self._embed(names), ids, roots), self._mesh)
+            trajectory, weights = self._sample(
+                params, frozen, uncond, context, np.int32(epoch), ids, roots, np.int32(branch_step)
+            )
+            images = self._decode(trajectory.latents[:, -1])
+            pending.append((self._reward.submit(images, names, described), trajectory, weights, images))
+            prompts += names
+        images = np.concatenate([np.asarray(entry[3]) for entry in pending])
+        sampled = time.perf_counter()
+        scores = [entry[0].result() for entry in pending]
+        scored = time.perf_counter()
+        trajectories, weights = jax.device_get(([entry[1] for entry in pending], [entry[2] for entry in pending]))
+        n = len(prompts)
+        samples = Samples(
+            latents=np.concatenate([t.latents for t in trajectories]),
+            log_prob=np.concatenate([t.log_prob for t in trajectories]),
+            weights=steps.normalise(np.concatenate(weights), self.trained_steps),
+            context=self._embed(prompts),
+            prompt_ids=np.asarray([prompt_id(p) for p in prompts], np.int64),
+            group_ids=(np.int64(epoch) << 32) + np.arange(n) // self._k,
+            rewards=np.concatenate([score for score, _ in scores]).astype(np.float32),
+            advantages=np.zeros(n, np.float32),
+        )
+        names = dict.fromkeys(name for _, parts in scores for name in parts)
+        nothing = np.full(self._batch_size, np.nan, np.float32)
+        parts = {name: np.concatenate([p.get(name, nothing) for _, p in scores]) for name in names}
+        return Rollout(samples, prompts, images, parts, sampled - start, scored - sampled)

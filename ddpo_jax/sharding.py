@@ -1,0 +1,94 @@
+"""The device mesh and where arrays live on it.
+
+Two axes, both carrying samples: ``data`` replicates the parameters, ``fsdp`` also splits them at rest (each device keeps
+a slice and gathers the whole for the time of a computation).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+BATCH_AXES = ("data", "fsdp")
+BATCH = P(BATCH_AXES)
+_MIN_SHARDED_SIZE = 2**14  # smaller arrays are not worth a gather
+
+
+def make_mesh(data: int, fsdp: int) -> Mesh:
+    """A mesh of ``data x fsdp`` devices; ``data = -1`` takes all devices there are.
+
+    Raises:
+      ValueError: if the devices present do not fit the request.
+    """
+    count = jax.device_count()
+    if fsdp < 1 or (data != -1 and data < 1):
+        raise ValueError(
+            f"mesh: received data={data}, fsdp={fsdp}; sizes are positive (data may be -1: all devices); use data=-1, fsdp=1"
+        )
+    wanted = (count // fsdp if data == -1 else data) * fsdp
+    if wanted > count or wanted == 0 or (data == -1 and count % fsdp):
+        raise ValueError(
+            f"mesh: received data={data}, fsdp={fsdp}; their product must be at most the {count} devices present "
+            "and fsdp must divide them; use data=-1, fsdp=1"
+        )
+    devices = np.asarray(jax.devices()[:wanted]).reshape(-1, fsdp)
+    return Mesh(devices, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def param_spec(shape: tuple[int, ...], fsdp: int) -> P:
+    """How one parameter is split at rest: its largest dimension that ``fsdp`` divides, or not at all."""
+    if fsdp == 1 or np.prod(shape) < _MIN_SHARDED_SIZE:
+        return P()
+    sizes = [(size, axis) for axis, size in enumerate(shape) if size % fsdp == 0]
+    if not sizes:
+        return P()
+    _, axis = max(sizes)
+    return P(*[None] * axis, "fsdp")
+
+
+def param_specs(params: Any, mesh: Mesh) -> Any:
+    """``param_spec`` of every leaf."""
+    return jax.tree.map(lambda x: param_spec(x.shape, mesh.shape["fsdp"]), params)
+
+
+def put_params(params: Any, mesh: Mesh) -> Any:
+    """Parameters (or optimizer state) on the mesh, split at rest."""
+    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, param_specs(params, mesh))
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """Host arrays with a leading sample axis, split over all devices; each process contributes its own samples."""
+    sharding = NamedSharding(mesh, BATCH)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """The whole of every array on every device."""
+    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P())), tree)
+
+
+def gather_params(params: Any, specs: Any) -> Any:
+    """Inside ``shard_map``: the whole parameters from their slices."""
+
+    def gather(x: jax.Array, spec: P) -> jax.Array:
+        axes = [axis for axis, name in enumerate(spec) if name == "fsdp"]
+        return jax.lax.all_gather(x, "fsdp", axis=axes[0], tiled=True) if axes else x
+
+    return jax.tree.map(gather, params, specs)
+
+
+def scatter_grads(grads: Any, specs: Any) -> Any:
+    """Inside ``shard_map``: gradients summed over all devices, each device keeping the slice it owns."""
+
+    def scatter(x: jax.Array, spec: P) -> jax.Array:
+        axes = [axis for axis, name in enumerate(spec) if name == "fsdp"]
+        if not axes:
+            return jax.lax.psum(x, BATCH_AXES)
+        x = jax.lax.psum_scatter(x, "fsdp", scatter_dimension=axes[0], tiled=True)
+        return jax.lax.psum(x, "data")
+
+    return jax.tree.map(scatter, grads, specs)

@@ -1,0 +1,112 @@
+"""The nouns every room shares: what a policy sampled, what the learner computes, what an algorithm declares.
+
+Axes: N samples, T denoising steps (0 = noisiest), S trained steps of each sample (S <= T), h w c latents.
+Log-probabilities are averaged over the ``num_dims = h*w*c`` latent dimensions, never summed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+Params = dict[str, Array]  # network parameters by dotted name
+TERMS = ("log_prob", "ref_log_prob", "kl", "noise_mse", "denoise_mse", "value")
+
+
+@struct.dataclass
+class Trajectory:
+    """A denoising trajectory of every sample, as the sampler returns it."""
+
+    latents: Float[Array, "N T1 h w c"]  # T1 = T + 1; latents[:, 0] is the initial noise, latents[:, T] is decoded
+    log_prob: Float[Array, "N T"]  # of latents[:, t + 1] given latents[:, t], under the policy that sampled it
+
+
+@struct.dataclass
+class Samples:
+    """Scored trajectories on the host (numpy): what an epoch trains on and what replay keeps. Leading axis N."""
+
+    latents: Float[np.ndarray, "N T1 h w c"]
+    log_prob: Float[np.ndarray, "N T"]
+    weights: Float[np.ndarray, "N T"]  # timestep weights, mean 1 over the trained steps
+    context: Float[np.ndarray, "N L D"]  # prompt embeddings
+    prompt_ids: Int[np.ndarray, " N"]  # 63-bit hash of the prompt
+    group_ids: Int[np.ndarray, " N"]  # equal for the K samples of one draw of a prompt
+    rewards: Float[np.ndarray, " N"]
+    advantages: Float[np.ndarray, " N"]
+
+    def __getitem__(self, index: Any) -> Samples:
+        """The samples that a numpy index picks."""
+        return jax.tree.map(lambda x: x[index], self)
+
+    def __len__(self) -> int:
+        return len(self.rewards)
+
+
+@struct.dataclass
+class StepTerms:
+    """Scalars per (sample, trained step) that depend on the parameters. What an algorithm did not ask for is None."""
+
+    log_prob: Float[Array, "N S"] | None = None
+    ref_log_prob: Float[Array, "N S"] | None = None  # under the reference policy; carries no gradient
+    kl: Float[Array, "N S"] | None = None  # KL(policy || reference) of the step, mean over latent dimensions
+    noise_mse: Float[Array, "N S"] | None = None  # mean squared difference of policy and reference noise prediction
+    denoise_mse: Float[Array, "N S"] | None = None  # denoising loss of the final latents at a random timestep
+    value: Float[Array, "N S"] | None = None  # learned value of (latents, prompt, step)
+
+
+@struct.dataclass
+class Batch:
+    """Data of the trained (sample, step) pairs that does not depend on the parameters."""
+
+    old_log_prob: Float[Array, "N S"]  # under the policy that sampled the trajectory
+    advantages: Float[Array, " N"]
+    rewards: Float[Array, " N"]
+    prompt_ids: Int[Array, " N"]  # equal for samples of the same prompt
+    mask: Float[Array, "N S"]  # 1 where the pair is trained, 0 where it is padding or excluded
+    clip_range: float = struct.field(pytree_node=False, default=1e-4)  # on the mean log-prob ratio
+    num_dims: int = struct.field(pytree_node=False, default=1)  # latent dimensions: sum = mean * num_dims
+
+
+@dataclasses.dataclass(frozen=True)
+class Traits:
+    """What an algorithm uses; the learner, replay and validation read it so that they need not know algorithms.
+
+    Attributes:
+      terms: names of the ``StepTerms`` fields the loss reads.
+      separable: the loss of a pair (n, s) depends on the terms of that pair alone: one pass over the network.
+        Otherwise one extra forward pass collects all terms before the coefficients are formed, and a column s must
+        hold the same step of every sample in the minibatch, all trained steps of it (no timestep_fraction < 1).
+      on_policy: right only for samples of the current policy: an epoch is one update and replay is refused. Others
+        correct for a policy that has moved (importance ratio) or are regressions that hold for any sampler.
+      group: the baseline or the loss compares samples of a prompt: 2 or more of each, kept together in replay and,
+        for a coupled loss, in a minibatch.
+      standardized: advantages are in standard deviations of the reward, so ``adv_clip_max`` applies to them.
+      shared_noise: all samples of a prompt in a rollout start from the same initial noise.
+      branching: a rollout shares the first steps of a prompt's samples; the module has ``interval`` and ``select``.
+      refresh_every: epochs between copies of the trained policy to the one that samples; 1 is online, 0 is never
+        (samples of the pretrained model: offline).
+      value_updates: updates of the value network for one of the policy; 0 where there is none. With one, the module
+        has ``value_loss`` and the network its own AdamW at ``value_learning_rate``.
+      value_learning_rate: see ``value_updates``.
+    """
+
+    terms: frozenset[str]
+    separable: bool = True
+    on_policy: bool = False
+    group: bool = False
+    standardized: bool = True
+    shared_noise: bool = False
+    branching: bool = False
+    refresh_every: int = 1
+    value_updates: int = 0
+    value_learning_rate: float = 0.0
+
+    @property
+    def importance_ratio(self) -> bool:
+        """Whether a rollout may serve several updates; the opposite of ``on_policy``."""
+        return not self.on_policy

@@ -1,0 +1,203 @@
+"""Which values of a config go together: every fault at once, each as one line ``key: received X; rule; fix``."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from ddpo_jax.config import traits
+from ddpo_jax.keys import get
+
+Rule = tuple[Callable[[Any], bool], str, str]  # (holds, the rule in words, a value that satisfies it)
+
+
+def _at_least(low: int, fix: str | None = None) -> Rule:
+    return lambda value: value >= low, f"it must be at least {low}", fix or f"use {low} or more"
+
+
+def _one_of(*names: str) -> Rule:
+    return lambda value: value in names, f"it must be one of {', '.join(names)}", f"use {names[0]}"
+
+
+def _positive(fix: str) -> Rule:
+    return lambda value: 0 < value < math.inf, "it must be a finite number above 0", f"use {fix}"
+
+
+def _decay(fix: str) -> Rule:
+    return lambda value: 0 <= value < 1, "it must be in [0, 1)", f"use {fix}"
+
+
+_SWITCH = _one_of("auto", "on", "off")
+_FINITE_NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "it must be a finite number, 0 or more", "use 5.0")
+
+RULES: dict[str, Rule] = {
+    "seed": _at_least(0),
+    "num_epochs": _at_least(1),
+    "dtype": _one_of("auto", "float32", "bfloat16"),
+    "attention": _one_of("auto", "xla", "cudnn", "chunked", "flash_tpu"),
+    "sample.num_steps": (
+        lambda value: 1 <= value <= 1000,
+        "it must be from 1 to the 1000 training timesteps",
+        "use 50",
+    ),
+    "sample.guidance_scale": _FINITE_NOT_NEGATIVE,
+    "sample.batch_size": _at_least(1),
+    "sample.num_batches_per_epoch": _at_least(1),
+    "train.batch_size": _at_least(1),
+    "train.microbatch_size": _at_least(1),
+    "train.learning_rate": _positive("1e-4"),
+    "train.weight_decay": (_FINITE_NOT_NEGATIVE[0], _FINITE_NOT_NEGATIVE[1], "use 1e-4"),
+    "train.adam_b1": _decay("0.9"),
+    "train.adam_b2": _decay("0.999"),
+    "train.adam_eps": _positive("1e-8"),
+    "train.max_grad_norm": _positive("1.0"),
+    "train.num_inner_epochs": _at_least(1),
+    "train.clip_range": (lambda value: value is None or 0 < value < math.inf, "it must be above 0", "leave it out"),
+    "train.adv_clip_max": (lambda value: value > 0, "it must be above 0", "use 10.0"),
+    "train.timestep_fraction": (lambda value: 0 < value <= 1, "it must be in (0, 1]", "use 1.0"),
+    "train.lora_rank": _at_least(0, "use 0 to train the whole UNet, 4 for adapters"),
+    "train.ema_decay": _decay("0.0"),
+    "train.remat": _SWITCH,
+    "train.recompute_log_prob": _SWITCH,
+    "replay.k": _at_least(1, "use 4, or replay.name=none for no replay"),
+    "replay.history": _at_least(1, "use 3, or replay.name=none for no replay"),
+    "prompts.samples_per_prompt": _at_least(1),
+    "mesh.data": (lambda value: value == -1 or value >= 1, "it must be -1 (all devices) or at least 1", "use -1"),
+    "mesh.fsdp": _at_least(1),
+    "checkpoint.every": _at_least(1),
+    "checkpoint.keep": _at_least(1),
+    "log.images_every": _at_least(0, "use 0 for no images"),
+    "log.num_images": _at_least(1, "use 16, or log.images_every=0 for no images"),
+}
+
+
+def validate(config: ConfigDict, num_devices: int) -> None:
+    """Refuses a config that cannot be trained.
+
+    Args:
+      config: as ``config.resolve`` returns it.
+      num_devices: all devices of the run, over all processes.
+
+    Raises:
+      ValueError: one line for each fault.
+    """
+    faults = []
+    for key, (holds, rule, fix) in RULES.items():
+        if not holds(value := get(config, key)):
+            faults.append(f"{key}: received {value!r}; {rule}; {fix}")
+    if not 0 < config.sample.eta <= 1:
+        why = "a step without noise has no density, so there is nothing to train; " if config.sample.eta == 0 else ""
+        faults.append(f"sample.eta: received {config.sample.eta!r}; {why}it must be in (0, 1]; use 1.0")
+    broken = {fault.partition(":")[0] for fault in faults}
+    if not broken & {"sample.batch_size", "sample.num_batches_per_epoch", "train.batch_size", "train.microbatch_size",
+                     "prompts.samples_per_prompt", "mesh.data", "mesh.fsdp"}:  # fmt: skip
+        faults += _sizes(config, num_devices)
+    if not broken & {"sample.num_steps", "train.timestep_fraction"}:
+        faults += _steps(config)
+    faults += _algorithm(config)
+    faults += _model(config)
+    if faults:
+        raise ValueError("\n".join(faults))
+
+
+def _sizes(config: ConfigDict, num_devices: int) -> Iterator[str]:
+    sample, train, group = config.sample, config.train, config.prompts.samples_per_prompt
+    images = sample.batch_size * sample.num_batches_per_epoch
+    data, fsdp = config.mesh.data, config.mesh.fsdp
+    if data == -1 and num_devices % fsdp:
+        yield f"mesh.fsdp: received {fsdp}; it must divide the {num_devices} devices; use {_near(num_devices, fsdp)}"
+    if data != -1 and data * fsdp != num_devices:
+        yield (
+            f"mesh.data: received {data}; data x fsdp = {data} x {fsdp} must be the {num_devices} devices of this run; "
+            "use mesh.data=-1"
+        )
+    if sample.batch_size % group:
+        yield (
+            f"prompts.samples_per_prompt: received {group}; it must divide sample.batch_size={sample.batch_size}; "
+            f"use {_near(sample.batch_size, group)}"
+        )
+    for key, size in (("sample.batch_size", sample.batch_size), ("train.batch_size", train.batch_size)):
+        if size % num_devices:
+            yield (
+                f"{key}: received {size}; each of the {num_devices} devices takes an equal part; "
+                f"use {_multiple(size, num_devices)}"
+            )
+    if images % train.batch_size:
+        yield (
+            f"train.batch_size: received {train.batch_size}; it must divide the images of an epoch, sample.batch_size x "
+            f"sample.num_batches_per_epoch = {sample.batch_size} x {sample.num_batches_per_epoch} = {images}; "
+            f"use {_near(images, train.batch_size)}"
+        )
+    per_device = train.batch_size // num_devices
+    if train.batch_size % num_devices == 0 and per_device % train.microbatch_size:
+        yield (
+            f"train.microbatch_size: received {train.microbatch_size}; it must divide the {per_device} images of an update "
+            f"on one device; use {_near(per_device, train.microbatch_size)}"
+        )
+
+
+def _steps(config: ConfigDict) -> Iterator[str]:
+    trained = config.sample.num_steps * config.train.timestep_fraction
+    if trained < 1:
+        yield (
+            f"train.timestep_fraction: received {config.train.timestep_fraction!r}; of {config.sample.num_steps} steps "
+            f"at least one must be trained; use {math.ceil(1e4 / config.sample.num_steps) / 1e4} or more"
+        )
+
+
+def _algorithm(config: ConfigDict) -> Iterator[str]:
+    used, name, group = traits(config), config.algorithm.name, config.prompts.samples_per_prompt
+    train, sample = config.train, config.sample
+    images = sample.batch_size * sample.num_batches_per_epoch
+    if used.group and group < 2:
+        yield (
+            f"prompts.samples_per_prompt: received {group}; algorithm {name!r} compares the images of a prompt with each "
+            "other, which takes at least 2; use 4"
+        )
+    elif used.group and train.batch_size % group:
+        yield (
+            f"train.batch_size: received {train.batch_size}; algorithm {name!r} needs whole groups of "
+            f"prompts.samples_per_prompt={group} images in an update; use {_multiple(train.batch_size, group)}"
+        )
+    if not used.importance_ratio:
+        why = f"algorithm {name!r} has no importance ratio, so it is right only for images of the current policy"
+        if config.replay.name != "none":
+            yield f"replay.name: received {config.replay.name!r}; {why}; use replay.name=none or algorithm.name=ddpo"
+        if train.num_inner_epochs > 1:
+            yield (
+                f"train.num_inner_epochs: received {train.num_inner_epochs}; {why}; "
+                "use train.num_inner_epochs=1 or algorithm.name=ddpo"
+            )
+        if train.batch_size < images and images % max(train.batch_size, 1) == 0:
+            yield (
+                f"train.batch_size: received {train.batch_size}; {why}: one update for the {images} images of an epoch; "
+                f"use train.batch_size={images} or algorithm.name=ddpo"
+            )
+    if not used.separable and train.timestep_fraction != 1:
+        yield (
+            f"train.timestep_fraction: received {train.timestep_fraction!r}; the loss of algorithm {name!r} couples all "
+            "steps of a trajectory; use train.timestep_fraction=1.0"
+        )
+
+
+def _model(config: ConfigDict) -> Iterator[str]:
+    folder = pathlib.Path(config.model).expanduser()
+    if config.model == "":
+        yield "model: received ''; it must name a model; use mini"
+    elif (config.model[0] in "/.~" or folder.is_dir()) and not (folder / "model_index.json").is_file():
+        what = "has no model_index.json" if folder.is_dir() else "does not exist"
+        yield f"model: received {config.model!r}; the folder {what}; give a diffusers folder, a hub id, or mini"
+
+
+def _near(number: int, wanted: int) -> int:
+    """The divisor of ``number`` nearest to ``wanted``."""
+    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: (abs(n - wanted), n))
+
+
+def _multiple(number: int, of: int) -> int:
+    """The positive multiple of ``of`` nearest to ``number``."""
+    return max(round(number / of), 1) * of

@@ -1,0 +1,19 @@
+"""Every step counts the same: the papers' baseline."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from ddpo_jax.diffusion.schedule import Schedule
+
+
+def default_config() -> ConfigDict:
+    """No options."""
+    return ConfigDict()
+
+
+def weights(latents: Float[Array, "N T1 h w c"], schedule: Schedule, config: ConfigDict) -> Float[Array, "N T"]:
+    """Ones [N, T]."""
+    return jnp.ones((latents.shape[0], latents.shape[1] - 1), jnp.float32)

@@ -1,0 +1,64 @@
+"""Packaging of ddpo_jax. The tools (ruff, mypy, pytest) are configured in pyproject.toml."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+README = pathlib.Path(__file__).parent / "README.md"
+
+setup(
+    name="ddpo_jax",
+    version="0.1.0",
+    description="Reinforcement learning fine-tuning of diffusion models in JAX",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11",
+    packages=find_packages(include=["ddpo_jax", "ddpo_jax.*"]),
+    package_data={"ddpo_jax": ["py.typed", "mini/assets/**", "mini/assets/*/*", "prompts/*.txt"]},
+    install_requires=[
+        "absl-py>=2.1",
+        "clu>=0.0.12",
+        "flax>=0.12.8,<0.13",
+        "huggingface_hub>=1.0",
+        "jax>=0.9.1",
+        "jaxtyping>=0.3",
+        "matplotlib>=3.8",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12,<1.0",
+        "pillow>=10.1",
+        "safetensors>=0.5",
+        "tensorboardX>=2.6",
+        "tokenizers>=0.20",
+        "tqdm>=4.66",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]>=0.9.1"],
+        "tpu": ["jax[tpu]>=0.9.1"],
+        # 100 000+ prompts from an array_record data set. tensorflow-datasets forgets to declare importlib_resources.
+        "data": ["tensorflow-datasets>=4.9.9", "importlib_resources", "grain>=0.2.18"],
+        # torch, diffusers, transformers and peft are the parity oracles; nothing in the package imports them.
+        # Install torch on its own first (launch/test.sh does). open_clip_torch is not listed because its own
+        # requirements would replace the CPU build of torch: `pip install --no-deps open_clip_torch` where a test asks.
+        "test": [
+            "beartype>=0.20",
+            "chex>=0.1.90",
+            "diffusers>=0.40",
+            "mypy>=1.15",
+            "peft>=0.17",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+            "torch",
+            "transformers>=5",
+        ],
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

@@ -1,0 +1,18 @@
+"""Settings of every test: JAX on eight fake CPU devices, a compilation cache that outlives the run, no model hub.
+
+The environment is set before anything imports jax, which reads it once. Arrays live on device 0 unless a test
+shards them, so single-device tests run as they would with one device.
+"""
+
+import os
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Keyed by program, compiler version and flags, so a stale entry is never read. Subprocesses inherit it.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")

@@ -1,0 +1,161 @@
+"""The tokenizer against transformers' CLIPTokenizer, from every layout a folder may have."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from ddpo_jax.models.tokenizer import Tokenizer, train_bpe
+
+TEXTS = [
+    "a photo of a red circle, two striped blue squares",
+    "a dog playing chess; it's the dog's turn, they're happy, we've won and I'm done",
+    "three dotted green triangles left of a plain yellow star",
+    "naïve café façade — übergröße",
+] * 3
+
+AWKWARD = [
+    "",
+    " ",
+    "a",
+    "A   RED\t\ncircle  ",
+    "don't they're I'LL we've it's 'tis 'S",
+    "!!! ??? ... ,,, ;;; --- ___ !?!?",
+    "1234567890 3.14159 2nd 50%",
+    "naïve café ÜBER ﬁne ﬃ Ⅷ ²",
+    "cafe\u0301 vs caf\u00e9",  # decomposed and composed
+    "\u4f60\u597d\u4e16\u754c こんにちは 안녕",
+    "🐶🐱👩‍👩‍👧‍👦🏳️‍🌈 emoji",
+    "zero\u200bwidth \u00a0nbsp\u3000wide",
+    "İstanbul ǅ ſ",
+    "<|endoftext|> inside <|startoftext|> text<|endoftext|>more",
+    "<|ENDOFTEXT|>",
+    "</w> a</w>b #version: 0.2",
+    "supercalifragilisticexpialidocious" * 8,
+    "red circle " * 60,
+    "\x00\x07\x7f control",
+    "a photo of <cat-toy> here",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_bpe(TEXTS, 700, path, max_length=24)
+    return path
+
+
+def theirs(path, texts):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(path)
+    return tokenizer(texts, padding="max_length", truncation=True, return_tensors="np").input_ids
+
+
+def copy(folder, out, names):
+    out.mkdir(exist_ok=True)
+    for name in names:
+        (out / name).write_bytes((folder / name).read_bytes())
+    return out
+
+
+@pytest.mark.parametrize("layout", ["all", "vocab and merges", "tokenizer.json"])
+def test_equals_transformers(folder, tmp_path, layout):
+    common = ["tokenizer_config.json", "special_tokens_map.json"]
+    names = {
+        "all": [*common, "vocab.json", "merges.txt", "tokenizer.json"],
+        "vocab and merges": [*common, "vocab.json", "merges.txt"],
+        "tokenizer.json": [*common, "tokenizer.json"],
+    }[layout]
+    path = copy(folder, tmp_path / "t", names)
+    got = Tokenizer.from_folder(path)(AWKWARD)
+    assert got.dtype == np.int32 and got.shape == (len(AWKWARD), 24)
+    for text, ours, want in zip(AWKWARD, got, theirs(path, AWKWARD), strict=True):
+        np.testing.assert_array_equal(ours, want, err_msg=repr(text))
+
+
+def test_equals_transformers_on_random_unicode(folder):
+    rng = np.random.default_rng(0)
+    pool = "ab  CD'st.,!09-é\u0301ßñ中🐶\u200d\n\u00a0Ωя"
+    texts = ["".join(rng.choice(list(pool), size=rng.integers(0, 40))) for _ in range(300)]
+    np.testing.assert_array_equal(Tokenizer.from_folder(folder)(texts), theirs(folder, texts))
+
+
+def test_special_tokens_map_has_the_last_word_as_in_sd2(folder, tmp_path):
+    """SD 2.x pads with "!": its special_tokens_map.json says so, its tokenizer_config.json says otherwise."""
+    names = ["tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"]
+    path = copy(folder, tmp_path / "t", names)
+    (path / "special_tokens_map.json").write_text(json.dumps({"pad_token": "!"}))
+    ours = Tokenizer.from_folder(path)
+    assert ours.pad_token_id == json.loads((path / "vocab.json").read_text())["!"]
+    assert ours.pad_token_id != ours.eos_token_id
+    np.testing.assert_array_equal(ours(AWKWARD), theirs(path, AWKWARD))
+    ours.save(tmp_path / "again")
+    np.testing.assert_array_equal(theirs(tmp_path / "again", AWKWARD), theirs(path, AWKWARD))
+
+
+def test_added_tokens_of_a_textual_inversion(folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<cat-toy>"])
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    ours = Tokenizer.from_folder(tmp_path / "theirs")
+    np.testing.assert_array_equal(ours(AWKWARD), theirs(tmp_path / "theirs", AWKWARD))
+    ours.save(tmp_path / "ours")
+    np.testing.assert_array_equal(theirs(tmp_path / "ours", AWKWARD), theirs(tmp_path / "theirs", AWKWARD))
+    np.testing.assert_array_equal(Tokenizer.from_folder(tmp_path / "ours")(AWKWARD), ours(AWKWARD))
+
+
+def test_a_row_by_hand(tmp_path):
+    """"aab aab ab": a+b</w> is the most frequent pair (3), then a+ab</w> (2); nothing is left to merge."""
+    tokenizer = train_bpe(["aab aab ab"], 600, tmp_path, max_length=6)
+    assert tokenizer.merges == [("a", "b</w>"), ("a", "ab</w>")]
+    assert tokenizer.vocab_size == 256 + 256 + 2 + 2
+    ab, aab, start, end = 512, 513, 514, 515
+    assert tokenizer(["AAB ab"]).tolist() == [[start, aab, ab, end, end, end]]
+    assert tokenizer(["ab " * 9]).tolist() == [[start, ab, ab, ab, ab, end]]
+    assert tokenizer([]).shape == (0, 6)
+
+
+def test_training_gives_the_same_bytes_in_another_process(folder, tmp_path):
+    code = (
+        "import json,sys; from ddpo_jax.models.tokenizer import train_bpe;"
+        "train_bpe(json.loads(sys.argv[1]), 700, sys.argv[2], max_length=24)"
+    )
+    subprocess.run([sys.executable, "-c", code, json.dumps(TEXTS), str(tmp_path)], check=True)
+    for path in sorted(folder.iterdir()):
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
+
+
+def test_real_clip_vocabulary_where_open_clip_ships_it(tmp_path):
+    """The published vocabulary: 49 408 ids, and the ids of "a photo of a cat"."""
+    module = pytest.importorskip("open_clip.tokenizer")
+    simple = module.SimpleTokenizer()
+    merges = sorted(simple.bpe_ranks, key=simple.bpe_ranks.__getitem__)
+    tokenizer = Tokenizer(simple.encoder | {"<|startoftext|>": 49406, "<|endoftext|>": 49407}, merges, max_length=77)
+    row = tokenizer(["a photo of a cat"])[0]
+    assert row[:7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokenizer.vocab_size == 49408
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no tokenizer here"),
+        ({"tokenizer.json": {"model": {"type": "WordPiece"}}}, "CLIP"),
+        ({"tokenizer.json": "keep", "tokenizer_config.json": {"model_max_length": 10**30}}, "model_max_length"),
+        ({"tokenizer.json": "keep", "tokenizer_config.json": {"pad_token": "<pad>"}}, "pad_token = '<pad>'"),
+    ],
+)
+def test_unusable_folders_are_refused(folder, tmp_path, files, message):
+    for name, content in files.items():
+        source = (folder / name).read_text() if content == "keep" else json.dumps(content)
+        (tmp_path / name).write_text(source)
+    with pytest.raises(ValueError, match=message):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_vocabulary_must_hold_all_bytes(tmp_path):
+    with pytest.raises(ValueError, match="vocab_size = 300"):
+        train_bpe(TEXTS, 300, tmp_path, max_length=24)
