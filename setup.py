@@ -16,7 +16,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11",
     packages=find_packages(include=["ddpo_jax", "ddpo_jax.*"]),
-    package_data={"ddpo_jax": ["py.typed", "mini/assets/**", "mini/assets/*/*", "prompts/*.txt"]},
+    package_data={"ddpo_jax": ["py.typed", "mini/assets/**/*", "prompts/*.txt"]},
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",
@@ -44,7 +44,6 @@ setup(
         # Install torch on its own first (launch/test.sh does). open_clip_torch is not listed because its own
         # requirements would replace the CPU build of torch: `pip install --no-deps open_clip_torch` where a test asks.
         "test": [
-            "beartype>=0.20",
             "chex>=0.1.90",
             "diffusers>=0.40",
             "mypy>=1.15",

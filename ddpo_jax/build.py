@@ -22,6 +22,8 @@ from ddpo_jax.diffusion.policy import Policy
 from ddpo_jax.learner import Learner, NetworkFn, Objective, make_optimizer
 from ddpo_jax.models import lora, pipeline
 from ddpo_jax.models.functional import functional
+from ddpo_jax.prompts import make_prompts
+from ddpo_jax.replay.buffer import Buffer
 from ddpo_jax.reward_runner import RewardRunner, make_reward
 from ddpo_jax.rollout import Collector
 from ddpo_jax.types import Params, Traits
@@ -47,6 +49,7 @@ class Parts:
     model: Model
     learner: Learner
     collector: Collector
+    replay: Buffer
     reward: RewardRunner
     mesh: Mesh
     uncond: jax.Array
@@ -55,10 +58,12 @@ class Parts:
 def load_model(config: ConfigDict) -> Model:
     """Loads ``config.model`` and splits its UNet by what ``config.train`` trains."""
     dtype = jnp.dtype(config.dtype)
-    pipe = pipeline.load(config.model, dtype=dtype, revision=config.revision or None)
+    revision, on_host = config.revision or None, config.frozen_on_host
+    pipe = pipeline.load(config.model, dtype=dtype, revision=revision, frozen_on_host=on_host)
+    pipe.unet.attention = config.attention
+    pipe.unet.remat = "block" if config.train.remat == "on" else "none"
     if config.train.lora_rank:
-        targets = ("to_q", "to_k", "to_v", "to_out.0")
-        lora.add(pipe.unet, config.train.lora_rank, targets, nnx.Rngs(config.seed))
+        lora.add(pipe.unet, config.train.lora_rank, config.train.lora_targets, nnx.Rngs(config.seed))
         network, params, frozen = functional(pipe.unet, lora.is_lora)
         frozen = {name: x.astype(dtype) for name, x in frozen.items()}
         reference = {name: jnp.zeros_like(x) for name, x in params.items()}  # the adapter off
@@ -76,8 +81,7 @@ def build(config: ConfigDict) -> Parts:
     """
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
     reward = make_reward(config.reward)
-    prompts = find.find("prompts", config.prompts.name)
-    prompt_fn = prompts if ":" in config.prompts.name else prompts.make(config.prompts)
+    prompt_fn = make_prompts(config.prompts)
     algorithm = find.find("algorithms", config.algorithm.name)
     weighting = find.find("weighting", config.weighting.name)
     traits = algorithm.traits(config.algorithm)
@@ -102,7 +106,7 @@ def build(config: ConfigDict) -> Parts:
         Objective(traits, functools.partial(algorithm.loss, config=config.algorithm), config.train.clip_range),
         make_optimizer(config.train),
         mesh,
-        config.train.microbatch_size or config.train.batch_size // mesh.size,
+        config.train.microbatch_size,
         config.train.ema_decay,
     )
     runner = RewardRunner(reward, name=config.reward.name)
@@ -120,12 +124,15 @@ def build(config: ConfigDict) -> Parts:
         batch_size=config.sample.batch_size,
         num_batches=config.sample.num_batches_per_epoch,
         samples_per_prompt=config.prompts.samples_per_prompt,
+        shared_noise=traits.shared_noise,
     )
+    rule = find.find("replay", config.replay.name)
+    replay = Buffer(rule, config.replay, whole_groups=traits.group, num_devices=mesh.size)
     needs_reference = bool(traits.terms & {"ref_log_prob", "kl", "noise_mse"})
     model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh)
     model.frozen = sharding.put_params(model.frozen, mesh)
     uncond = sharding.replicate(jnp.asarray(pipe.embed([""])[0]), mesh)
-    return Parts(algorithm, traits, model, learner, collector, runner, mesh, uncond)
+    return Parts(algorithm, traits, model, learner, collector, replay, runner, mesh, uncond)
 
 
 def describe(parts: Parts, config: ConfigDict) -> str:

@@ -1,8 +1,8 @@
 """Checkpoints of a run: orbax behind one small class.
 
-A checkpoint is a folder ``checkpoints/<epoch>`` that orbax writes under a temporary name and renames when it is complete,
-so a process killed in mid-save leaves the earlier ones as they were. Inside: ``arrays`` (one entry per leaf, named by
-its path in the tree), ``meta`` (JSON) and ``metrics`` (the mean reward, by which the best one is kept).
+A checkpoint is a folder ``checkpoints/<epoch>`` that orbax writes under a temporary name and renames when it is
+complete, so a process killed in mid-save leaves the earlier ones as they were. Inside: ``arrays`` (one entry per leaf,
+named by its path in the tree), ``meta`` (JSON) and ``metrics`` (the mean reward, by which the best one is kept).
 
 The number of a checkpoint is the number of *finished* epochs: a run that restores ``epoch`` goes on with that epoch.
 """
@@ -63,7 +63,7 @@ class Checkpointer:
           arrays: any pytree of jax arrays, typed PRNG keys and numpy arrays. Where several processes run, numpy arrays
             are process 0's.
           meta: what JSON can hold.
-          reward_mean: of the epoch just finished; ranks the checkpoints.
+          reward_mean: of the epoch just finished; ranks the checkpoints. Minus infinity: never the best of several.
           force: save whatever ``every`` says (the last epoch, a signal).
 
         Returns:

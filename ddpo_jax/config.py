@@ -54,6 +54,7 @@ def default_config() -> ConfigDict:
     config.model = "auto"  # auto = mini on CPU, Stable Diffusion v1.5 on GPU/TPU; mini; a hub id; a diffusers folder
     config.revision = ""  # branch, tag or commit of a hub model; empty = the hub's main branch
     config.dtype = "auto"  # compute type of the networks: float32, bfloat16; auto = bfloat16 for SD on GPU/TPU
+    config.frozen_on_host = False  # keep text encoder and VAE in host memory while they do not run
     config.attention = "auto"  # attention kernel: auto, xla, cudnn, chunked, flash_tpu
 
     config.sample = sample = ConfigDict()  # the rollout
@@ -76,11 +77,13 @@ def default_config() -> ConfigDict:
     train.clip_range = None  # trust region of the per-step ratio; by latent size: 1e-4 * sqrt(16384 / dimensions)
     train.adv_clip_max = 10.0  # advantages are clipped to +- this, in units of the advantage
     train.timestep_fraction = 1.0  # part of the T steps trained per image, in (0, 1], drawn at random
+    train.step_sampling = "uniform"  # how they are drawn: uniform, or importance (proportional to the weighting, unbiased)
     train.lora_rank = None  # rank of low-rank adapters on the attention; 0 = train the whole UNet; by model
+    train.lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # layers that get an adapter: ends of their names
     train.ema_decay = 0.0  # decay per update of an average of the parameters, in [0, 1); 0 = no average
     train.stop_uncond_gradient = False  # leave the unconditional branch of guidance out of the gradient
-    train.remat = "auto"  # recompute activations in the backward pass to save memory: auto, on, off
-    train.recompute_log_prob = "auto"  # old log-probs by the update's own program, not the sampler's: auto, on, off
+    train.remat = "auto"  # recompute activations in the backward pass to save memory: on, off; auto = on for SD
+    train.recompute_log_prob = "auto"  # old log-probs by the update's program: on, off; auto = on in bfloat16
 
     config.algorithm = ConfigDict({"name": "ddpo"})  # scores to coefficients: a file of ddpo_jax/algorithms
     config.weighting = ConfigDict({"name": "uniform"})  # weight of each step: a file of ddpo_jax/weighting
@@ -109,8 +112,7 @@ def default_config() -> ConfigDict:
     log.num_images = 16  # images in a grid
 
     for family in FAMILIES:
-        if config[family].name != "auto":
-            choose(config, family, config[family].name)
+        choose(config, family, config[family].name)
     config.lock()
     return config
 
@@ -188,8 +190,13 @@ def resolve(config: ConfigDict, backend: str, num_devices: int = 1) -> ConfigDic
             put(config, key, values[column])
     if config.prompts.name == "auto":
         choose(config, "prompts", "mini" if mini else "animals")
+    _fill_member_options(config, column)
     if config.dtype == "auto":
         config.dtype = "float32" if mini or backend == "cpu" else "bfloat16"
+    if config.train.remat == "auto":
+        config.train.remat = "off" if mini else "on"
+    if config.train.recompute_log_prob == "auto":  # bfloat16 rounds differently at the sampler's batch size
+        config.train.recompute_log_prob = "on" if config.dtype == "bfloat16" else "off"
     if config.train.batch_size is None:
         config.train.batch_size = _train_batch_size(config, UPDATES_PER_EPOCH[column])
     if config.train.microbatch_size is None:
@@ -213,7 +220,8 @@ def _check_types(config: ConfigDict) -> None:
             continue
         kind = declared_type(reference, key)
         if kind is float and type(value) is int:
-            put(config, key, float(value))
+            with config.ignore_type():  # an int took the place of None
+                put(config, key, float(value))
         elif kind is None or type(value) is kind or (value is None and (key in BY_MODEL or key in COMPUTED)):
             continue
         elif {kind, type(value)} != {tuple, list}:
@@ -222,6 +230,15 @@ def _check_types(config: ConfigDict) -> None:
             )
     if faults:
         raise ValueError("\n".join(faults))
+
+
+def _fill_member_options(config: ConfigDict, column: int) -> None:
+    """Options whose value is "auto" and that the member's ``AUTO`` gives: {option: (the miniature's, any other's)}."""
+    for family, package in FAMILIES.items():
+        section = config[family]
+        for option, values in getattr(find.find(package, section.name), "AUTO", {}).items():
+            if section[option] == "auto":
+                section[option] = values[column]
 
 
 def _train_batch_size(config: ConfigDict, updates: int) -> int:
@@ -292,7 +309,12 @@ def unknown_key(config: ConfigDict, key: str, known: list[str]) -> str:
     if inside:
         return f"unknown key {key!r}: it is a section; its keys are {', '.join(inside)}"
     by_last_part = {name.rpartition(".")[2]: name for name in known}
-    near = find.nearest(key, known) or by_last_part.get(find.nearest(key.rpartition(".")[2], list(by_last_part)) or "")
+    last = key.rpartition(".")[2]
+    near = (
+        by_last_part.get(last)
+        or find.nearest(key, known)
+        or by_last_part.get(find.nearest(last, [*by_last_part]) or "")
+    )
     line = f"unknown key {key!r}: " + (f"nearest is {near!r}" if near else f"keys are {', '.join(known)}")
     if section not in FAMILIES or not option:
         return line

@@ -9,7 +9,7 @@ import dis
 import pathlib
 import signal as signals
 
-PACKAGE = pathlib.Path(__file__).parent
+PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
 class RunFailure(Exception):
@@ -46,5 +46,6 @@ def raised_here(error: BaseException) -> bool:
     while traceback.tb_next is not None:
         traceback = traceback.tb_next
     code = traceback.tb_frame.f_code
-    raising = dis.opname[code.co_code[traceback.tb_lasti]] in ("RAISE_VARARGS", "RERAISE")
+    operation, arguments = code.co_code[traceback.tb_lasti : traceback.tb_lasti + 2]
+    raising = dis.opname[operation] == "RAISE_VARARGS" and arguments > 0  # 0: "raise" alone passes another's on
     return raising and PACKAGE in pathlib.Path(code.co_filename).resolve().parents

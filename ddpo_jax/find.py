@@ -1,4 +1,4 @@
-"""Names to modules: ``find("algorithms", "loop")`` is ``ddpo_jax/algorithms/loop.py``; a file is all it takes to add one.
+"""Names to modules: ``find("algorithms", "loop")`` is ``ddpo_jax/algorithms/loop.py``; adding one is adding a file.
 
 A name with a dot is the user's own: ``package.module``, or ``package.module:function`` where a function is wanted
 (rewards, prompts). It is imported from ``sys.path``, to which ``main.py`` adds the current directory.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import pkgutil
+import pathlib
 import re
 from typing import Any
 
@@ -17,19 +17,18 @@ _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
 def available(family: str) -> list[str]:
-    """Names of the members of a family, sorted: its modules that define what the family is called by.
-
-    Modules that start with an underscore, and those without a ``default_config`` (shared helpers), are not members.
+    """Names of the members of a family, sorted: its files that define ``default_config``. Others are shared helpers.
 
     Raises:
       ValueError: the family does not exist.
     """
     if family not in FAMILIES:
-        raise ValueError(_unknown("family", family, list(FAMILIES)))
-    package = importlib.import_module(f"ddpo_jax.{family}")
-    return sorted(
-        module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")
-    )
+        raise ValueError(
+            f"there is no family '{family}'.{_hint(family, list(FAMILIES))} Families: {', '.join(FAMILIES)}"
+        )
+    # Read, not imported: listing the names must not load every member's dependencies.
+    files = (pathlib.Path(__file__).parent / family).glob("*.py")
+    return sorted(file.stem for file in files if "\ndef default_config(" in file.read_text(encoding="utf-8"))
 
 
 def find(family: str, name: str) -> Any:
@@ -51,7 +50,10 @@ def find(family: str, name: str) -> Any:
         return _own(family, name)
     names = available(family)
     if name not in names:
-        raise ValueError(_unknown(family, name, names))
+        raise ValueError(
+            f"{family}: there is no '{name}'.{_hint(name, names)} Available: {', '.join(names)}; "
+            "or your own as package.module"
+        )
     return importlib.import_module(f"ddpo_jax.{family}.{name}")
 
 
@@ -61,10 +63,9 @@ def nearest(name: str, names: list[str]) -> str | None:
     return matches[0] if matches else None
 
 
-def _unknown(kind: str, name: str, names: list[str]) -> str:
+def _hint(name: str, names: list[str]) -> str:
     meant = nearest(name, names)
-    hint = f" Did you mean '{meant}'?" if meant else ""
-    return f"{kind}: there is no '{name}'.{hint} Available: {', '.join(names) or 'none'}; or your own as package.module"
+    return f" Did you mean '{meant}'?" if meant else ""
 
 
 def _own(family: str, name: str) -> Any:
@@ -79,10 +80,9 @@ def _own(family: str, name: str) -> Any:
         return module
     if not hasattr(module, attribute):
         functions = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        meant = nearest(attribute, functions)
-        hint = f" Did you mean '{meant}'?" if meant else ""
         raise ValueError(
-            f"{family}: module '{path}' has no '{attribute}'.{hint} It defines: {', '.join(functions) or 'no function'}"
+            f"{family}: module '{path}' has no '{attribute}'.{_hint(attribute, functions)} "
+            f"It defines: {', '.join(functions) or 'no function'}"
         )
     function = getattr(module, attribute)
     if not callable(function):
@@ -93,6 +93,8 @@ def _own(family: str, name: str) -> Any:
 def _broken(family: str, path: str, error: Exception) -> str:
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing and (path == missing or path.startswith(missing + ".")):
-        return f"{family}: there is no module '{missing}' for '{path}'; run from the folder that holds it, or install it"
+        return (
+            f"{family}: there is no module '{missing}' for '{path}'; install it, or run from the folder that holds it"
+        )
     cause = " ".join(str(error).split())
     return f"{family}: module '{path}' cannot be imported: {type(error).__name__}: {cause}"

@@ -29,21 +29,20 @@ def captioned(images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str], tit
       title: a line over the grid.
     """
     if len(images) == 0 or len(images) != len(captions):
-        raise ValueError(f"grid: received {len(images)} images and {len(captions)} captions; expected as many, at least 1")
+        raise ValueError(
+            f"grid: received {len(images)} images and {len(captions)} captions; expected as many, at least 1"
+        )
     font = ImageFont.load_default(size=FONT_SIZE)
     tiles = [_resized(Image.fromarray(np.asarray(image))) for image in images]
     width, height = tiles[0].size
     texts = [_wrapped(caption, width, font) for caption in captions]
-    columns = min(8, math.ceil(math.sqrt(len(tiles) * 1.5)))
+    columns = _columns(len(tiles))
     rows = math.ceil(len(tiles) / columns)
     # A row is as high as its longest caption asks for.
-    text_heights = [
-        max(len(text) for text in texts[r * columns : (r + 1) * columns]) * LINE + 4 for r in range(rows)
-    ]
+    text_heights = [max(len(text) for text in texts[r * columns : (r + 1) * columns]) * LINE + 4 for r in range(rows)]
     top = GAP + (LINE + GAP if title else 0)
-    picture = Image.new(
-        "RGB", (GAP + columns * (width + GAP), top + sum(text_heights) + rows * (height + GAP)), "white"
-    )
+    picture_width = max(GAP + columns * (width + GAP), GAP + math.ceil(font.getlength(title)) + GAP)
+    picture = Image.new("RGB", (picture_width, top + sum(text_heights) + rows * (height + GAP)), "white")
     draw = ImageDraw.Draw(picture)
     if title:
         draw.text((GAP, GAP), title, fill="black", font=font)
@@ -56,6 +55,13 @@ def captioned(images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str], tit
                 draw.text((x, y + height + 4 + number * LINE), line, fill="black", font=font)
         y += height + text_height + GAP
     return picture
+
+
+def _columns(count: int) -> int:
+    """At most 8, a little wider than high, and without a ragged last row where that is possible."""
+    ideal = math.sqrt(1.5 * count)
+    even = [columns for columns in range(math.ceil(math.sqrt(count)), 9) if count % columns == 0]
+    return min(even, key=lambda columns: abs(columns - ideal), default=min(8, math.ceil(ideal)))
 
 
 def _resized(image: Image.Image) -> Image.Image:

@@ -7,7 +7,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", tuple: "values with commas"}
+TYPE_NAMES: dict[type | None, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    tuple: "values with commas",
+}
 
 
 def get(config: ConfigDict, key: str) -> Any:
@@ -24,7 +30,7 @@ def put(config: ConfigDict, key: str, value: Any) -> None:
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value, in the order they were defined."""
+    """Dotted key -> value, sorted within each section; None where a member left a typed placeholder empty."""
     flat: dict[str, Any] = {}
     for key, value in config.items(preserve_field_references=False):
         if isinstance(value, ConfigDict) and len(value):

@@ -8,6 +8,7 @@ forward pass first. Memory holds one microbatch of one step, whatever T is.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,10 +24,14 @@ from jaxtyping import Array, Float, Int
 from ddpo_jax import sharding
 from ddpo_jax.diffusion import ddim
 from ddpo_jax.diffusion.policy import Policy
-from ddpo_jax.ops import gaussian
+from ddpo_jax.ops import gaussian, masked
+from ddpo_jax.ops.running import Max, Mean
 from ddpo_jax.types import Batch, Params, StepTerms, Traits
 
 NetworkFn = Callable[[Params, Params, Array, Array, Array], Array]  # (trained, frozen, latents, timesteps, context)
+
+
+Stats = dict[str, Any]  # Mean or Max by name
 
 
 @struct.dataclass
@@ -36,6 +41,7 @@ class TrainState:
     params: Params
     opt_state: optax.OptState
     ema: Params  # exponential moving average of params; empty when it is off
+    behaviour: Params  # what samples, where that is not always params (Traits.refresh_every); else empty
     step: Int[Array, ""]  # updates done
 
 
@@ -49,11 +55,11 @@ class Minibatch:
     advantages: Float[Array, " N"]
     rewards: Float[Array, " N"]
     prompt_ids: Int[Array, " N"]
-    sample_weight: Float[Array, " N"]
     steps: Int[Array, "N S"]  # the trained steps of each sample
     step_weight: Float[Array, "N S"]  # timestep weight of each, mean 1 over a trajectory
     mask: Float[Array, "N S"]  # 0 where a pair is padding
     seeds: Int[Array, " N"]  # of the random timesteps and noise of denoise_mse
+    values: Float[Array, "N S"] | None  # a value network's predictions, where the algorithm has one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Learner:
         ema_decay: float = 0.0,
     ):
         """Args:
-        policy: its ``network`` field is replaced by ``network`` with the frozen parameters bound.
+        policy: guidance and schedule; its ``network`` field is replaced by ``network`` with the frozen parameters bound.
         network: the trained network.
         objective: loss and traits of the algorithm.
         tx: optimizer.
@@ -107,12 +113,18 @@ class Learner:
         self.log_prob = jax.jit(self._log_prob)
 
     def init(self, params: Params) -> TrainState:
-        """The state before the first update."""
-        params = sharding.put_params(params, self._mesh)
-        opt_state = jax.jit(self._tx.init)(params)
-        opt_state = sharding.put_params(opt_state, self._mesh)
-        ema = jax.tree.map(jnp.copy, params) if self._ema_decay else {}
-        return TrainState(params=params, opt_state=opt_state, ema=ema, step=sharding.replicate(jnp.int32(0), self._mesh))
+        """The state before the first update. Copies ``params``: updates donate their buffers."""
+
+        def copy() -> Params:
+            return sharding.put_params(jax.tree.map(jnp.copy, params), self._mesh)
+
+        return TrainState(
+            params=copy(),
+            opt_state=sharding.put_params(jax.jit(self._tx.init)(params), self._mesh),
+            ema=copy() if self._ema_decay else {},
+            behaviour=copy() if self._objective.traits.refresh_every != 1 else {},
+            step=sharding.replicate(jnp.int32(0), self._mesh),
+        )
 
     def _update(
         self, state: TrainState, reference: Params, frozen: Params, uncond: Array, batch: Minibatch
@@ -165,8 +177,8 @@ class Learner:
     ) -> tuple[Params, dict[str, Array]]:
         """On one device: the gradient of the whole minibatch's loss (summed over devices) and its metrics."""
         traits = self._objective.traits
-        weight = batch.step_weight * batch.sample_weight[:, None]
-        pairs = jax.lax.psum(batch.mask.sum(), sharding.BATCH_AXES)
+        weight = batch.step_weight
+        pairs = jnp.maximum(jax.lax.psum(batch.mask.sum(), sharding.BATCH_AXES), 1)
         data = self._data(batch)
 
         def terms_of(params: Params, rows: Array, column: Array) -> StepTerms:
@@ -175,8 +187,8 @@ class Learner:
         def separable(params: Params, rows: Array, column: Array) -> tuple[Array, StepTerms]:
             terms = terms_of(params, rows, column)
             picked = jax.tree.map(lambda x: x[rows, column][:, None] if x.ndim == 2 else x[rows], data)
-            losses = self._objective.loss(terms, picked) * picked.mask * weight[rows, column][:, None]
-            return losses.sum() / pairs, terms
+            losses = masked.fill(self._objective.loss(terms, picked), picked.mask)
+            return (losses * picked.mask * weight[rows, column][:, None]).sum() / pairs, terms
 
         def coupled(
             coefficients: StepTerms, params: Params, rows: Array, column: Array
@@ -192,26 +204,20 @@ class Learner:
             loss, coefficients = self._coefficients(everything, data)
             surrogate = partial(coupled, coefficients)
 
-        def accumulate(carry: tuple[Params, Array, dict[str, Array]], index: tuple[Array, Array]) -> tuple[Any, None]:
+        def accumulate(carry: tuple[Params, Array, Stats], index: tuple[Array, Array]) -> tuple[Any, None]:
             grads, total, stats = carry
             (part, terms), grad = jax.value_and_grad(surrogate, has_aux=True)(params, *index)
             new = _statistics(terms, data, self._objective.clip_range, *index)
-            stats = {k: (jnp.maximum if k.startswith("max_") else jnp.add)(stats[k], v) for k, v in new.items()}
+            stats = {name: value.merge(new[name]) for name, value in stats.items()}
             return (jax.tree.map(jnp.add, grads, grad), total + part, stats), None
 
         indices = _pair_indices(batch, self._microbatch)
-        first = jax.tree.map(lambda x: x[0], indices)
-        shapes = jax.eval_shape(lambda: _statistics(terms_of(params, *first), data, self._objective.clip_range, *first))
-        zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), {k: jnp.zeros(()) for k in shapes})
+        zero = (jax.tree.map(jnp.zeros_like, params), jnp.zeros(()), _no_statistics(traits))
         (grads, total, stats), _ = jax.lax.scan(accumulate, zero, indices)
 
-        specs = sharding.param_specs(params, self._mesh)
-        metrics = {
-            k: jax.lax.pmax(v, sharding.BATCH_AXES) if k.startswith("max_") else jax.lax.psum(v, sharding.BATCH_AXES) / pairs
-            for k, v in stats.items()
-        }
-        metrics["loss"] = jax.lax.psum(total, sharding.BATCH_AXES) if traits.separable else loss
-        return sharding.scatter_grads(grads, specs), metrics
+        out = {name: value.over(sharding.BATCH_AXES).compute() for name, value in stats.items()}
+        out["loss"] = jax.lax.psum(total, sharding.BATCH_AXES) if traits.separable else loss
+        return sharding.scatter_grads(grads, sharding.param_specs(params, self._mesh)), out
 
     def _coefficients(self, terms: StepTerms, data: Batch) -> tuple[Array, StepTerms]:
         """Loss and dL/dterms [n, S] of this device's samples, for a loss that needs the terms of all samples."""
@@ -265,6 +271,8 @@ class Learner:
                     out["noise_mse"] = jnp.mean((output - ref_output) ** 2, axis=(1, 2, 3))
         if "denoise_mse" in wanted:
             out["denoise_mse"] = self._denoise_mse(policy, params, batch, rows, column, context, uncond)
+        if "value" in wanted and batch.values is not None:
+            out["value"] = batch.values[rows, column]
         return StepTerms(**{name: value[:, None] for name, value in out.items()})
 
     def _denoise_mse(
@@ -287,10 +295,7 @@ class Learner:
 def _pair_indices(batch: Minibatch, microbatch: int) -> tuple[Int[Array, "I M"], Int[Array, " I"]]:
     """``(rows, column)`` of every network call: microbatches of samples x trained steps."""
     samples, steps = batch.steps.shape
-    if samples % microbatch:
-        raise ValueError(
-            f"train.microbatch_size: received {microbatch}; must divide the {samples} samples of a minibatch on one device"
-        )
+    microbatch = math.gcd(samples, microbatch)  # a replayed batch may be smaller than an ordinary one
     rows = jnp.arange(samples).reshape(-1, microbatch)
     columns = jnp.arange(steps)
     return jnp.repeat(rows, steps, axis=0), jnp.tile(columns, len(rows))
@@ -301,22 +306,32 @@ def _map_pairs(
 ) -> StepTerms:
     """The terms of all pairs [n, S], one microbatch of one step at a time."""
     samples, steps = batch.steps.shape
+    microbatch = math.gcd(samples, microbatch)
     out = jax.lax.map(lambda index: terms_of(*index), _pair_indices(batch, microbatch))  # leaves [I, M, 1]
     return jax.tree.map(
         lambda x: x.reshape(samples // microbatch, steps, microbatch).swapaxes(1, 2).reshape(samples, steps), out
     )
 
 
-def _statistics(terms: StepTerms, data: Batch, clip_range: float, rows: Array, column: Array) -> dict[str, Array]:
-    """Sums over a microbatch of what the metrics report: k3 estimate of the KL, clipped share, largest deviation."""
+def _no_statistics(traits: Traits) -> Stats:
+    """The neutral elements of what ``_statistics`` returns."""
+    means = [name for name in ("kl", "noise_mse", "denoise_mse") if name in traits.terms]
+    if "log_prob" not in traits.terms:
+        return {name: Mean.empty() for name in means}
+    return {name: Mean.empty() for name in [*means, "approx_kl", "clip_fraction"]} | {"ratio_deviation": Max.empty()}
+
+
+def _statistics(terms: StepTerms, data: Batch, clip_range: float, rows: Array, column: Array) -> Stats:
+    """Of one microbatch: the extra terms, the k3 estimate of the KL to the rollout's policy (Schulman 2020), the share
+    of ratios outside the clip range, and the largest distance of a ratio from 1."""
     mask = data.mask[rows, column]
-    out = {name: (getattr(terms, name)[:, 0] * mask).sum() for name in ("kl", "noise_mse", "denoise_mse") if getattr(terms, name) is not None}
+    extra = {"kl": terms.kl, "noise_mse": terms.noise_mse, "denoise_mse": terms.denoise_mse}
+    out: Stats = {name: Mean.of(value[:, 0], mask) for name, value in extra.items() if value is not None}
     if terms.log_prob is None:
         return out
     log_ratio = terms.log_prob[:, 0] - data.old_log_prob[rows, column]
     deviation = jnp.abs(jnp.expm1(log_ratio)) * mask
-    return out | {
-        "approx_kl": ((jnp.expm1(log_ratio) - log_ratio) * mask).sum(),
-        "clip_fraction": ((deviation > clip_range) * mask).sum(),
-        "max_ratio_deviation": deviation.max(),
-    }
+    out["approx_kl"] = Mean.of(jnp.expm1(log_ratio) - log_ratio, mask)
+    out["clip_fraction"] = Mean.of((deviation > clip_range).astype(jnp.float32), mask)
+    out["ratio_deviation"] = Max.of(deviation)
+    return out

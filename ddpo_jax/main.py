@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import io
+import logging as std_logging
 import os
 import pathlib
 import re
@@ -32,6 +33,7 @@ import tokenize
 import traceback
 from collections.abc import Sequence
 
+from absl import flags, logging
 from ml_collections import ConfigDict
 
 from ddpo_jax import config as configs
@@ -67,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())  # rewards and prompts of the user's own, however we were started
     try:
         arguments = parse(argv)
-        config = load(arguments)
-        config = prepare(config)
+        show_log()
+        config = prepare(load(arguments))
         make_workdir(arguments.workdir)
         from ddpo_jax.train import train
 
@@ -118,7 +120,7 @@ def parse(argv: Sequence[str]) -> Arguments:
             faults.append(f"{flag}: received an empty value; write {flag}=VALUE")
         else:
             values[flag] = value
-    if "--config" not in values and not any(fault.startswith("--config:") for fault in faults):
+    if "--config" not in values and not any("--config:" in fault or "is '--config'" in fault for fault in faults):
         faults.append("--config: received nothing; a run needs a config file; write --config=configs/aesthetic.py")
     if faults:
         raise ValueError("\n".join(faults))
@@ -180,7 +182,7 @@ def load_file(file: pathlib.Path, choices: str) -> ConfigDict:
         config = get_config(choices) if choices else get_config()
     except SyntaxError as error:
         raise ValueError(f"{name}; line {error.lineno} is not Python: {error.msg}") from error
-    except Exception as error:  # a config file is the user's: it may raise anything
+    except (Exception, SystemExit) as error:  # a config file is the user's: it may raise anything
         if isinstance(error, ValueError) and errors.raised_here(error):
             raise
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)]
@@ -203,13 +205,29 @@ def prepare(config: ConfigDict) -> ConfigDict:
 
     try:
         backend, devices = jax.default_backend(), jax.device_count()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # jax asserts that a platform it knows but lacks is there
         platforms = os.environ.get("JAX_PLATFORMS", "")
-        cause = " ".join(str(error).split())
+        cause = " ".join(str(error).split()) or "the platform is not installed"
         raise ValueError(f"JAX_PLATFORMS: received {platforms!r}; JAX finds no device: {cause}; use cpu") from error
-    config = configs.resolve(config, backend, devices)
-    validate(config, devices)
-    return config
+    resolved = configs.resolve(config, backend, devices)
+    validate(resolved, devices)
+    chosen = f", chosen for {backend}; --config.model=... takes another" if config.model == "auto" else ""
+    logging.info("model %s%s", resolved.model, chosen)
+    return resolved
+
+
+def show_log() -> None:
+    """Sends the log of this package, and the warnings of others, to stderr as plain lines."""
+    flags.FLAGS.mark_as_parsed()  # absl has no flags of ours; it warns of a log before they are parsed
+    handler = logging.get_absl_handler()
+    handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.filters = [lambda record: record.levelno >= std_logging.WARNING or _is_ours(record.pathname)]
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+
+
+def _is_ours(file: str) -> bool:
+    return errors.PACKAGE in pathlib.Path(file).resolve().parents
 
 
 def make_workdir(workdir: pathlib.Path) -> None:
@@ -247,14 +265,14 @@ def documented_keys() -> list[tuple[str, str, str]]:
 
 
 def help_text() -> str:
-    """The module's text, then every key with its default and meaning."""
+    """The module's text, then every key with its default and meaning, and the members that can be named."""
     keys = [(f"{key}={default}", comment) for key, default, comment in documented_keys()]
     width = max(len(left) for left, _ in keys)
-    lines = [f"  {left:{width}}  {comment}" for left, comment in keys]
-    return (
-        f"{(__doc__ or '').strip()}\n\nkeys and defaults (None = by model), besides a member's own options:\n"
-        + "\n".join(lines)
-    )
+    parts = [(__doc__ or "").strip(), "", "keys and defaults (None = by model), besides a member's own options:"]
+    parts += [f"  {left:{width}}  {comment}" for left, comment in keys]
+    parts += ["", "members, besides your own as package.module (reward, prompts: package.module:function):"]
+    parts += [f"  {family}.name: {', '.join(find.available(package))}" for family, package in configs.FAMILIES.items()]
+    return "\n".join(parts)
 
 
 def _complain(error: Exception, code: int) -> int:

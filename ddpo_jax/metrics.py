@@ -1,8 +1,4 @@
-"""What a run tells about itself: exact averages, ``metrics.jsonl``, TensorBoard events, image grids, a progress bar.
-
-``Mean`` and ``Max`` are accumulators in the manner of ``clu.metrics``: pytrees that hold a sum and its denominator, so
-that merging microbatches of different sizes gives the figure of the whole, not an average of averages.
-"""
+"""What a run tells about itself: ``metrics.jsonl``, TensorBoard events, image grids, curves, a progress bar."""
 
 from __future__ import annotations
 
@@ -15,11 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Float
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -28,61 +20,13 @@ from ddpo_jax import grid
 FILE = "metrics.jsonl"
 
 
-@struct.dataclass
-class Mean:
-    """A mean as (sum, count); merging is exact. All zeros is the neutral element."""
-
-    total: Float[Array, ""]
-    count: Float[Array, ""]
-
-    @classmethod
-    def of(cls, values: jax.typing.ArrayLike, mask: jax.typing.ArrayLike | None = None) -> Mean:
-        """Of all ``values``, or of those where ``mask`` (same shape, 0 or 1, or weights) is not zero.
-
-        What stands under a zero of the mask does not matter, NaN included.
-        """
-        values = jnp.asarray(values, jnp.float32)
-        if mask is None:
-            return cls(total=values.sum(), count=jnp.float32(values.size))
-        mask = jnp.broadcast_to(jnp.asarray(mask, jnp.float32), values.shape)
-        return cls(total=jnp.where(mask != 0, values * mask, 0.0).sum(), count=mask.sum())
-
-    def merge(self, other: Mean) -> Mean:
-        """The mean of both sets of values together."""
-        return Mean(total=self.total + other.total, count=self.count + other.count)
-
-    def compute(self) -> Float[Array, ""]:
-        """The mean; NaN if nothing was counted."""
-        return self.total / self.count
-
-
-@struct.dataclass
-class Max:
-    """A running maximum. Minus infinity is the neutral element."""
-
-    value: Float[Array, ""]
-
-    @classmethod
-    def of(cls, values: jax.typing.ArrayLike) -> Max:
-        """Of all ``values``."""
-        return cls(value=jnp.asarray(values, jnp.float32).max())
-
-    def merge(self, other: Max) -> Max:
-        """The larger of the two."""
-        return Max(value=jnp.maximum(self.value, other.value))
-
-    def compute(self) -> Float[Array, ""]:
-        """The maximum."""
-        return self.value
-
-
 class Writer:
     """Writes ``metrics.jsonl``, TensorBoard events and ``samples/epoch_NNNN.png`` into the folder of a run.
 
     Args:
       workdir: the folder; made if it does not exist.
-      start_epoch: first epoch this process will write. Rows of it and later ones, which a killed process left behind, are
-        dropped (and hidden in TensorBoard), so that every epoch appears once.
+      start_epoch: first epoch this process will write. Rows of it and later ones, which a killed process left behind,
+        are dropped (and hidden in TensorBoard), so that every epoch appears once.
     """
 
     def __init__(self, workdir: str | os.PathLike[str], start_epoch: int = 0):
@@ -106,8 +50,8 @@ class Writer:
         """Appends one epoch, on disk when this returns.
 
         Args:
-          row: ``epoch`` and scalars (Python, numpy or jax). A number that is not finite is written as null, because JSON
-            has no word for it.
+          row: ``epoch`` and scalars (Python, numpy or jax). A number that is not finite is written as null, because
+            JSON has no word for it.
         """
         plain = {key: _plain(key, value) for key, value in row.items()}
         line = json.dumps(plain, allow_nan=False) + "\n"
@@ -264,7 +208,7 @@ class Progress:
             self._bar.update(1)
 
     def _seconds_per_epoch(self) -> float:
-        """Mean of the last ten; the first epoch of the process, which compiles, counts only while it is the only one."""
+        """Mean of the last ten; the first epoch of the process, which compiles, counts only while it is alone."""
         ends = self._ends if len(self._ends) == 2 else self._ends[1:][-11:]
         return (ends[-1] - ends[0]) / (len(ends) - 1)
 

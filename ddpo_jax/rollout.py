@@ -67,6 +67,7 @@ class Collector:
         batch_size: int,
         num_batches: int,
         samples_per_prompt: int,
+        shared_noise: bool = False,
     ):
         """Args:
         policy, network, mesh: as the learner's.
@@ -79,10 +80,12 @@ class Collector:
         seed: of everything drawn.
         batch_size, num_batches: samples per device program, programs per epoch.
         samples_per_prompt: K; consecutive samples share a prompt.
+        shared_noise: and their initial noise too.
         """
         self._policy, self._mesh, self._latent_shape = policy, mesh, latent_shape
         self._embed, self._decode, self._prompt_fn, self._reward = embed, decode, prompt_fn, reward
         self._seed, self._batch_size, self._num_batches, self._k = seed, batch_size, num_batches, samples_per_prompt
+        self._shared_noise = shared_noise
         self.trained_steps = np.asarray(policy.schedule.trainable)
 
         def local(
@@ -117,6 +120,11 @@ class Collector:
     ) -> Rollout:
         """One epoch of N = batch_size * num_batches samples.
 
+        Args:
+          epoch: number of the epoch, from which all randomness follows.
+          params, frozen, uncond: of the policy that samples.
+          branch_step: the samples of a prompt share the steps before this one; their mask leaves those out.
+
         Raises:
           RewardError: the reward failed; nothing of the run's state has changed.
         """
@@ -129,7 +137,7 @@ class Collector:
             names = [prompt for prompt in distinct for _ in range(self._k)]
             described = [entry for entry in metadata for _ in range(self._k)]
             ids = np.arange(self._batch_size, dtype=np.int32) + batch * self._batch_size
-            roots = ids // self._k * self._k if branch_step else ids
+            roots = ids // self._k * self._k if branch_step or self._shared_noise else ids
             context, ids, roots = sharding.put_batch((self._embed(names), ids, roots), self._mesh)
             trajectory, weights = self._sample(
                 params, frozen, uncond, context, np.int32(epoch), ids, roots, np.int32(branch_step)
@@ -147,6 +155,7 @@ class Collector:
             latents=np.concatenate([t.latents for t in trajectories]),
             log_prob=np.concatenate([t.log_prob for t in trajectories]),
             weights=steps.normalise(np.concatenate(weights), self.trained_steps),
+            mask=np.tile((np.arange(len(self.trained_steps)) >= branch_step) & self.trained_steps, (n, 1)).astype(np.float32),
             context=self._embed(prompts),
             prompt_ids=np.asarray([prompt_id(p) for p in prompts], np.int64),
             group_ids=(np.int64(epoch) << 32) + np.arange(n) // self._k,

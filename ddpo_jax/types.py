@@ -33,6 +33,7 @@ class Samples:
     latents: Float[np.ndarray, "N T1 h w c"]
     log_prob: Float[np.ndarray, "N T"]
     weights: Float[np.ndarray, "N T"]  # timestep weights, mean 1 over the trained steps
+    mask: Float[np.ndarray, "N T"]  # 1 where the step of the sample may be trained
     context: Float[np.ndarray, "N L D"]  # prompt embeddings
     prompt_ids: Int[np.ndarray, " N"]  # 63-bit hash of the prompt
     group_ids: Int[np.ndarray, " N"]  # equal for the K samples of one draw of a prompt

@@ -59,6 +59,7 @@ RULES: dict[str, Rule] = {
     "train.clip_range": (lambda value: value is None or 0 < value < math.inf, "it must be above 0", "leave it out"),
     "train.adv_clip_max": (lambda value: value > 0, "it must be above 0", "use 10.0"),
     "train.timestep_fraction": (lambda value: 0 < value <= 1, "it must be in (0, 1]", "use 1.0"),
+    "train.step_sampling": _one_of("uniform", "importance"),
     "train.lora_rank": _at_least(0, "use 0 to train the whole UNet, 4 for adapters"),
     "train.ema_decay": _decay("0.0"),
     "train.remat": _SWITCH,
@@ -128,15 +129,15 @@ def _sizes(config: ConfigDict, num_devices: int) -> Iterator[str]:
             )
     if images % train.batch_size:
         yield (
-            f"train.batch_size: received {train.batch_size}; it must divide the images of an epoch, sample.batch_size x "
+            f"train.batch_size: received {train.batch_size}; it must divide an epoch's images, sample.batch_size x "
             f"sample.num_batches_per_epoch = {sample.batch_size} x {sample.num_batches_per_epoch} = {images}; "
             f"use {_near(images, train.batch_size)}"
         )
     per_device = train.batch_size // num_devices
     if train.batch_size % num_devices == 0 and per_device % train.microbatch_size:
         yield (
-            f"train.microbatch_size: received {train.microbatch_size}; it must divide the {per_device} images of an update "
-            f"on one device; use {_near(per_device, train.microbatch_size)}"
+            f"train.microbatch_size: received {train.microbatch_size}; it must divide the {per_device} images of an "
+            f"update on one device; use {_near(per_device, train.microbatch_size)}"
         )
 
 
@@ -150,13 +151,18 @@ def _steps(config: ConfigDict) -> Iterator[str]:
 
 
 def _algorithm(config: ConfigDict) -> Iterator[str]:
-    used, name, group = traits(config), config.algorithm.name, config.prompts.samples_per_prompt
+    try:
+        used = traits(config)
+    except ValueError as error:  # an option of the algorithm itself
+        yield str(error)
+        return
+    name, group = config.algorithm.name, config.prompts.samples_per_prompt
     train, sample = config.train, config.sample
     images = sample.batch_size * sample.num_batches_per_epoch
     if used.group and group < 2:
         yield (
-            f"prompts.samples_per_prompt: received {group}; algorithm {name!r} compares the images of a prompt with each "
-            "other, which takes at least 2; use 4"
+            f"prompts.samples_per_prompt: received {group}; algorithm {name!r} compares the images of a prompt with "
+            "each other, which takes at least 2; use 4"
         )
     elif used.group and train.batch_size % group:
         yield (
@@ -174,13 +180,13 @@ def _algorithm(config: ConfigDict) -> Iterator[str]:
             )
         if train.batch_size < images and images % max(train.batch_size, 1) == 0:
             yield (
-                f"train.batch_size: received {train.batch_size}; {why}: one update for the {images} images of an epoch; "
-                f"use train.batch_size={images} or algorithm.name=ddpo"
+                f"train.batch_size: received {train.batch_size}; {why}: one update for the {images} images of an "
+                f"epoch; use train.batch_size={images} or algorithm.name=ddpo"
             )
     if not used.separable and train.timestep_fraction != 1:
         yield (
-            f"train.timestep_fraction: received {train.timestep_fraction!r}; the loss of algorithm {name!r} couples all "
-            "steps of a trajectory; use train.timestep_fraction=1.0"
+            f"train.timestep_fraction: received {train.timestep_fraction!r}; the loss of algorithm {name!r} couples "
+            "all steps of a trajectory; use train.timestep_fraction=1.0"
         )
 
 

@@ -6,6 +6,9 @@ shards them, so single-device tests run as they would with one device.
 
 import os
 import pathlib
+import sys
+
+import jaxtyping
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -16,3 +19,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
+
+# Shapes and dtypes in the annotations of the package are checked while the tests run.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+jaxtyping.install_import_hook("ddpo_jax", "array_checker.check")

@@ -85,7 +85,7 @@ def test_restores_to_the_shardings_asked_for(tmp_path):
 
 
 def test_keeps_the_newest_and_the_best(tmp_path):
-    rewards = {1: 0.3, 2: 0.9, 3: 0.1, 4: 0.2, 5: 0.4, 6: 0.35}
+    rewards = {1: 0.3, 2: 0.9, 3: -float("inf"), 4: 0.2, 5: 0.4, 6: 0.35}
     with Checkpointer(tmp_path, keep=2) as checkpointer:
         for epoch, reward in rewards.items():
             assert checkpointer.save(epoch, {"x": jnp.full(2, float(epoch))}, {"epoch": epoch}, reward)

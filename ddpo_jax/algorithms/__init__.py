@@ -8,6 +8,6 @@ Each module has four functions:
 - ``loss(terms, batch, config)``: jax, unreduced. Separable: [N, S], entry (n, s) from the terms of (n, s) alone.
   Coupled: any shape whose plain mean is the loss, masked entries already left out.
 
-Trajectory sums (a ratio, a penalty or a prediction summed over steps) are divided by the number of trained steps like
-everything else (spec: gradients are averaged over steps and samples), so methods compare at equal learning rates.
+Policy-gradient losses of a whole trajectory are divided by the number of trained steps, as those of single steps are
+(spec: gradients are averaged over steps and samples), so methods compare at equal learning rates.
 """

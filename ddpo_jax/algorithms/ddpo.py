@@ -52,4 +52,4 @@ def loss(terms: StepTerms, batch: Batch, config: ConfigDict) -> jax.Array:
         return surrogate.clipped(terms.log_prob, batch.old_log_prob, batch.advantages[:, None], batch.clip_range)
     log_prob, old_log_prob = (masked.total(x, batch.mask, axis=1) for x in (terms.log_prob, batch.old_log_prob))
     value = surrogate.clipped(log_prob, old_log_prob, batch.advantages, batch.clip_range)
-    return masked.spread(value, batch.mask.sum())
+    return masked.spread(value * masked.trained(batch.mask), batch.mask.sum())

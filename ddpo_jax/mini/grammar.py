@@ -175,9 +175,11 @@ def prompts(category: str, split: str = "train") -> list[str]:
     if split not in SPLITS:
         raise ValueError(f"prompts.split: received {split!r}; it is one of {', '.join(SPLITS)}")
     novel = split == "novel"
-    chosen = [describe(spec) for spec in _category(category) if is_novel(spec) == novel]
+    chosen = [spec for spec in _category(category) if is_novel(spec) == novel]
     limit = 300 if novel else 700
-    return chosen if len(chosen) <= limit else [chosen[i * len(chosen) // limit] for i in range(limit)]
+    if len(chosen) > limit:
+        chosen = [chosen[i * len(chosen) // limit] for i in range(limit)]
+    return [describe(spec) for spec in chosen]
 
 
 class LargePrompts(Sequence[str]):
@@ -187,24 +189,30 @@ class LargePrompts(Sequence[str]):
     """
 
     def __init__(self) -> None:
-        self._things = [Thing(*t) for t in itertools.product(COLORS, SHAPES, TEXTURES) if (t[0], t[1]) not in HELD_OUT]
+        triples = itertools.product(COLORS, SHAPES, TEXTURES)
+        things = [Thing(*triple) for triple in triples if triple[:2] not in HELD_OUT]
+        self._singular = [_with_article(thing) for thing in things]
+        self._plural = [_phrase(thing, plural=True) for thing in things]
 
     def __len__(self) -> int:
-        n = len(self._things)
+        n = len(self._singular)
         return n * len(NUMBERS) + n * (n - 1) * len(RELATIONS)
 
-    def __getitem__(self, index):  # type: ignore[override]
+    def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
+        n, total = len(self._singular), len(self)
+        if not -total <= index < total:
             raise IndexError(index)
-        index, n = index % len(self), len(self._things)
+        index %= total
+        if index < n:
+            return self._singular[index]
         if index < n * len(NUMBERS):
-            return describe(Spec((self._things[index % n],), None, index // n + 1))
+            return f"{NUMBERS[index // n]} {self._plural[index % n]}"
         pair, relation = divmod(index - n * len(NUMBERS), len(RELATIONS))
         first, second = divmod(pair, n - 1)
         second += second >= first  # skip the identical pair
-        return describe(Spec((self._things[first], self._things[second]), RELATIONS[relation]))
+        return f"{self._singular[first]} {RELATIONS[relation]} {self._singular[second]}"
 
 
 def large_prompts() -> LargePrompts:

@@ -15,6 +15,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Stage:
       steps, batch_size, learning_rate: length and step size (linear warm-up, then cosine to zero).
       weight_decay: of AdamW, on matrices and kernels only.
       ema_decay: 0 keeps the last parameters, otherwise the stage delivers their exponential moving average.
-      chunk: steps compiled into one ``lax.scan``.
+      chunk: steps between two looks at the metrics.
       checkpoint_every: steps between checkpoints, rounded up to whole chunks.
     """
 
@@ -127,8 +128,8 @@ def _check_signature(stage: Stage, record: Path, seed: int) -> None:
         )
 
 
-def _prefetch(stage: Stage, seed: int, first: int) -> Iterator[tuple[int, Arrays]]:
-    """Yields (number of steps, stacked batches [K, B, ...]), made ahead on a host thread."""
+def _prefetch(stage: Stage, seed: int, first: int) -> Iterator[list[Arrays]]:
+    """Yields the batches of one chunk after another, made ahead on a host thread."""
     ready: queue.Queue = queue.Queue(maxsize=2)
     stop = threading.Event()
 
@@ -145,8 +146,7 @@ def _prefetch(stage: Stage, seed: int, first: int) -> Iterator[tuple[int, Arrays
         try:
             for start in range(first, stage.steps, stage.chunk):
                 steps = range(start, min(start + stage.chunk, stage.steps))
-                batches = [stage.make_batch(stream(seed, stage.name, step), stage.batch_size) for step in steps]
-                if not put({key: np.stack([batch[key] for batch in batches]) for key in batches[0]}):
+                if not put([stage.make_batch(stream(seed, stage.name, step), stage.batch_size) for step in steps]):
                     return
             put(None)
         except BaseException as error:  # handed to the consumer, which raises it
@@ -158,7 +158,7 @@ def _prefetch(stage: Stage, seed: int, first: int) -> Iterator[tuple[int, Arrays
         while (item := ready.get()) is not None:
             if isinstance(item, BaseException):
                 raise item
-            yield len(next(iter(item.values()))), item
+            yield item
     finally:
         stop.set()
         thread.join()
@@ -197,10 +197,11 @@ def train(
     record.write_text(json.dumps(stage.signature(seed), indent=1))
 
     graphdef, params, rest = nnx.split(stage.init(nnx.Rngs(seed)), nnx.Param, ...)
+    params = jax.tree.map(jnp.array, params)
     tx = optimizer(stage)
     state = {"params": params, "opt": tx.init(params)}
     if stage.ema_decay:
-        state["ema"] = jax.tree.map(jnp.copy, params)
+        state["ema"] = jax.tree.map(jnp.array, params)
     step = 0
     if path.exists():
         with np.load(path) as arrays:
@@ -209,9 +210,9 @@ def train(
         log(f"{stage.name}: continues at step {step} of {stage.steps}")
     base_key = jax.random.key(zlib.crc32(f"{seed}/{stage.name}".encode()))
 
-    def one_step(carry, batch):
-        state, step = carry
-
+    # One compiled step, called from Python: on CPU a convolution's gradients are slower inside a compiled loop.
+    @partial(jax.jit, donate_argnums=0)
+    def one_step(state, step, batch):
         def objective(params):
             return stage.loss(nnx.merge(graphdef, params, rest), batch, jax.random.fold_in(base_key, step))
 
@@ -222,24 +223,22 @@ def train(
             # The average starts with the parameters themselves: a short memory that grows to 1 / (1 - decay).
             decay = jnp.minimum(stage.ema_decay, (1.0 + step) / (10.0 + step))
             new["ema"] = jax.tree.map(lambda old, now: decay * old + (1 - decay) * now, state["ema"], new["params"])
-        return (new, step + 1), {"loss": value, **metrics}
+        return new, {"loss": value, **metrics}
 
-    @jax.jit
-    def run_chunk(state, step, batches):
-        (state, _), metrics = jax.lax.scan(one_step, (state, step), batches)
-        return state, jax.tree.map(jnp.mean, metrics)
-
-    def deliver() -> nnx.Module:
-        return nnx.merge(graphdef, state["ema" if stage.ema_decay else "params"], rest)
+    def deliver() -> nnx.Module:  # a copy: the state's buffers are donated to the next step
+        return nnx.merge(graphdef, jax.tree.map(jnp.array, state["ema" if stage.ema_decay else "params"]), rest)
 
     progress = Progress(stage.name, step, stage.steps)
     saved = step
-    for count, batches in _prefetch(stage, seed, step):
-        state, metrics = run_chunk(state, jnp.int32(step), batches)
-        metrics = {key: float(value) for key, value in metrics.items()}  # waits for the device
+    for batches in _prefetch(stage, seed, step):
+        collected = []
+        for batch in batches:
+            state, metrics = one_step(state, jnp.int32(step), batch)
+            collected.append(metrics)
+            step += 1
+        metrics = {key: float(np.mean([m[key] for m in collected])) for key in collected[0]}  # waits for the device
         if not np.isfinite(metrics["loss"]):
             raise FloatingPointError(f"{stage.name}: the loss is {metrics['loss']} at step {step}")
-        step += count
         progress.update(step, metrics)
         if step - saved >= stage.checkpoint_every or step >= stage.steps:
             arrays = {"step": np.int64(step)}
@@ -277,7 +276,7 @@ class Progress:
     def line(self) -> str:
         done = self.step - self.first
         now = time.monotonic()
-        speed = "compiled in {:.0f} s".format((self.started or now) - self.begun)
+        speed = f"compiled in {(self.started or now) - self.begun:.0f} s"
         if done > 0 and self.started is not None:
             per_step = (now - self.started) / done
             speed = f"{1e3 * per_step:.0f} ms/step, {per_step * (self.steps - self.step) / 60:.1f} min left"

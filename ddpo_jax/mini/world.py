@@ -121,7 +121,8 @@ class Scenes:
             Object(t.color, t.shape, t.texture, (float(c[0]), float(c[1])), float(s))
             for t, c, s in zip(things, self.center[index], self.size[index], strict=False)
         )
-        return Scene(spec, objects, tuple(float(b) for b in self.background[index]))
+        level, warmth, slope_x, slope_y = self.background[index].tolist()
+        return Scene(spec, objects, (level, warmth, slope_x, slope_y))
 
 
 def stack(scenes: Sequence[Scene]) -> Scenes:
@@ -196,10 +197,12 @@ def _place(
 ) -> Scenes:
     """Positions, sizes and backgrounds for given contents. Every branch is drawn for every row, then selected."""
     n, span = len(kind), float(IMAGE_SIZE)
-    uniform = functools.partial(rng.random, dtype=np.float32)
+
+    def uniform(shape: tuple[int, ...]) -> np.ndarray:
+        return rng.random(shape, dtype=np.float32)
 
     def between(low: np.ndarray | float, high: np.ndarray | float, shape: tuple[int, ...]) -> np.ndarray:
-        return low + (high - low) * uniform(shape)
+        return np.asarray(low + (high - low) * uniform(shape))
 
     # Single: anywhere inside.
     size_single = between(*SINGLE_SIZE, (n, 1))

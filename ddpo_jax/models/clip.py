@@ -266,7 +266,9 @@ class _TextTransformer(nnx.Module):
 
     def __call__(self, ids: Int[Array, "B L"]) -> CLIPTextOutput:
         if ids.shape[1] > self.max_length:
-            raise ValueError(f"token ids have length {ids.shape[1]}, more than max_position_embeddings {self.max_length}")
+            raise ValueError(
+                f"token ids have length {ids.shape[1]}, more than max_position_embeddings {self.max_length}"
+            )
         last, penultimate = self.encoder(self.embeddings(ids))
         last = self.final_layer_norm(last)
         if self.eos_token_id == LEGACY_EOS_TOKEN_ID:
@@ -321,7 +323,7 @@ class _VisionTransformer(nnx.Module):
 
 
 class CLIPText(nnx.Module):
-    """Text tower; parameters are named as those of transformers' `CLIPTextModel` (v4: with the `text_model.` prefix)."""
+    """Text tower; parameters are named as those of transformers' `CLIPTextModel`, with version 4's prefix."""
 
     def __init__(self, config: CLIPTextConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config

@@ -83,9 +83,9 @@ def require(condition: bool, class_name: str, key: str, value: Any, rule: str) -
 def conv(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C D"], stride: int, padding: Padding) -> Array:
     """2-D convolution (cross-correlation), NHWC by HWIO, the same value on every backend.
 
-    On CPU the kernel gradient that XLA derives is 20-60 times slower inside ``lax.scan`` than outside: it becomes a
-    convolution with image-sized windows, which has no fast path there. It is written as kh*kw matrix products instead.
-    A custom rule has no forward mode (jvp) on CPU.
+    The gradients XLA derives are up to 60 times slower inside ``lax.scan`` than outside on CPU: their convolutions have
+    image-sized windows or transposed kernels, for which loops have no fast path. There a custom rule writes the kernel
+    gradient as kh*kw matrix products and the input gradient as a plain convolution. It has no forward mode (jvp).
 
     Args:
       x: images.
@@ -115,22 +115,34 @@ def _conv_cpu_fwd(x: Array, kernel: Array, stride: int, padding: Padding) -> tup
 
 def _conv_cpu_bwd(stride: int, padding: Padding, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    # The values of both functions are unused and compiled away; only their transposes run.
-    _, input_pullback = jax.vjp(lambda value: _conv_lax(value, kernel, stride, padding), x)
-    _, kernel_pullback = jax.vjp(lambda value: _conv_matmul(x, value, stride, padding), kernel)
-    return *input_pullback(dy), *kernel_pullback(dy)
+    return _input_gradient(dy, kernel, x.shape, stride, padding), _kernel_gradient(x, kernel, dy, stride, padding)
 
 
-def _conv_matmul(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    """The convolution as a sum of matrix products, one per window position."""
+def _kernel_gradient(x: Array, kernel: Array, dy: Array, stride: int, padding: Padding) -> Array:
+    """One matrix product per window position, over all pixels of all images: [pixels, C]^T [pixels, D]."""
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    height, width = ((padded.shape[axis] - kernel.shape[axis - 1]) // stride * stride + 1 for axis in (1, 2))
-    products = [
-        padded[:, i : i + height : stride, j : j + width : stride] @ kernel[i, j]
+    height, width = ((size - 1) * stride + 1 for size in dy.shape[1:3])
+    flat = dy.reshape(-1, dy.shape[-1])
+    windows = [
+        padded[:, i : i + height : stride, j : j + width : stride].reshape(-1, x.shape[-1])
         for i in range(kernel.shape[0])
         for j in range(kernel.shape[1])
     ]
-    return sum(products[1:], products[0])
+    return jnp.stack([window.T @ flat for window in windows]).reshape(kernel.shape)
+
+
+def _input_gradient(dy: Array, kernel: Array, shape: tuple[int, ...], stride: int, padding: Padding) -> Array:
+    """Convolution of the gradient, spread out by the stride, with the kernel turned by 180 degrees."""
+    edges = []
+    for axis, (low, _) in enumerate(padding):
+        window, spread = kernel.shape[axis], (dy.shape[axis + 1] - 1) * stride + 1
+        low = window - 1 - low
+        edges.append((low, shape[axis + 1] + window - 1 - spread - low))
+    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    if stride == 1:
+        return _conv_lax(dy, turned, 1, (edges[0], edges[1]))
+    spread = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *((*edge, stride - 1) for edge in edges), (0, 0, 0)))
+    return _conv_lax(spread, turned, 1, ((0, 0), (0, 0)))
 
 
 _conv_cpu.defvjp(_conv_cpu_fwd, _conv_cpu_bwd)

@@ -1,9 +1,9 @@
 """Image preprocessing of the reward networks: resize, centre crop, normalise.
 
-Published reward values depend on how the image was resized, so there are two bicubic paths (both cubic a = -0.5, antialiased):
-``pil`` reproduces Pillow, which rounds to uint8 after the horizontal and again after the vertical pass, and ``float`` is
-the unrounded filter of torchvision's tensor path. They differ by up to 1.7 of 255 levels.
-All functions are pure JAX with static sizes and can be traced inside the jitted reward.
+Published reward values depend on how the image was resized, so there are two bicubic paths, both antialiased and with
+the cubic a = -0.5: ``pil`` reproduces Pillow, which rounds to uint8 after the horizontal and again after the vertical
+pass; ``float`` is the unrounded filter of torchvision's tensor path. They differ by a level or two of 255.
+All functions are pure JAX with static sizes and can be traced inside a jitted reward.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Real, UInt8
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of every CLIP and BLIP reward
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -60,27 +60,27 @@ def _resize(
 
 
 def resize_pil(images: UInt8[Array, "N H W C"], height: int, width: int) -> UInt8[Array, "N height width C"]:
-    """``PIL.Image.resize((width, height), BICUBIC)`` of every image, to at most one level (float32 against fixed point).
+    """``PIL.Image.resize((width, height), BICUBIC)`` of every image, to at most one level (rounding of ties).
 
     Pillow 13 swaps the two passes where the image shrinks vertically and grows horizontally; that case differs more.
     """
     return _resize(images, height, width, lambda x: jnp.clip(jnp.floor(x + 0.5), 0.0, 255.0)).astype(jnp.uint8)
 
 
-def resize_float(images: Float[Array, "N H W C"], height: int, width: int) -> Float[Array, "N height width C"]:
+def resize_float(images: Real[Array, "N H W C"], height: int, width: int) -> Float[Array, "N height width C"]:
     """Antialiased bicubic resize in float32, never rounded or clipped: it may overshoot the range of the input."""
     return _resize(images, height, width, lambda x: x)
 
 
 def shortest_side(height: int, width: int, size: int) -> tuple[int, int]:
-    """The (height, width) that makes the shorter side ``size`` and truncates the longer one, as the CLIP processor does."""
+    """The (height, width) with the shorter side ``size`` and the longer one truncated, as the CLIP processor has it."""
     if height <= width:
         return size, int(size * width / height)
     return int(size * height / width), size
 
 
 def center_crop(images: Array, size: int) -> Array:
-    """The central ``size`` x ``size`` window of [N,H,W,C]; an odd margin leaves the extra pixel at the bottom / right."""
+    """The central ``size`` x ``size`` window of [N,H,W,C]; an odd margin leaves one pixel more below and right."""
     height, width = images.shape[1:3]
     if height < size or width < size:
         raise ValueError(

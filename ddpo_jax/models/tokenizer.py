@@ -58,24 +58,28 @@ class Tokenizer:
           ValueError: a special token is not in the vocabulary, or `max_length` cannot hold start and end.
         """
         if not 2 <= max_length <= _LONGEST:
-            raise ValueError(f"tokenizer: model_max_length = {max_length} must be in [2, {_LONGEST}]; Stable Diffusion's is 77")
+            raise ValueError(
+                f"tokenizer: model_max_length = {max_length} must be in [2, {_LONGEST}]; Stable Diffusion's is 77"
+            )
         self.special = {"unk_token": END, "bos_token": START, "eos_token": END, "pad_token": END, **(special or {})}
         self.max_length = max_length
-        self.merges = [tuple(pair) for pair in merges]
+        self.merges = [(left, right) for left, right in merges]
         self._vocab = dict(vocab)
         self._config = dict(config or {})
         self._core = _core(self._vocab, self.merges, self.special["unk_token"])
+        known = {token.content for token in added}
+        for key, name in self.special.items():
+            if name not in self._vocab and name not in known:
+                raise ValueError(f"tokenizer: {key} = {name!r} is not in the vocabulary")
         names = dict.fromkeys(self.special[key] for key in _SPECIAL)
-        self._core.add_special_tokens([token for token in names if token not in {str(t.content) for t in added}])
+        self._core.add_special_tokens([name for name in names if name not in known])
         for token in added:
             (self._core.add_special_tokens if token.special else self._core.add_tokens)([token])
-        for key, token in self.special.items():
-            if token not in self._vocab and all(token != t.content for t in added):
-                raise ValueError(f"tokenizer: {key} = {token!r} is not in the vocabulary")
+        ids = self._core.get_vocab(with_added_tokens=True)
         self.bos_token_id, self.eos_token_id, self.pad_token_id = (
-            self._core.token_to_id(self.special[key]) for key in ("bos_token", "eos_token", "pad_token")
+            ids[self.special[key]] for key in ("bos_token", "eos_token", "pad_token")
         )
-        self.vocab_size = self._core.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = len(ids)
         self._core.post_processor = processors.RobertaProcessing(
             (self.special["eos_token"], self.eos_token_id),
             (self.special["bos_token"], self.bos_token_id),
@@ -127,7 +131,7 @@ class Tokenizer:
         return np.asarray(rows, np.int32).reshape(len(rows), self.max_length)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes both layouts (`vocab.json` + `merges.txt`, and `tokenizer.json`) and their configs; creates the folder."""
+        """Writes both layouts, `vocab.json` + `merges.txt` and `tokenizer.json`, and their configs."""
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         config = {
@@ -150,9 +154,7 @@ class Tokenizer:
             (folder / name).write_text(content, encoding="utf-8", newline="\n")
 
 
-def train_bpe(
-    texts: Iterable[str], vocab_size: int, out_folder: str | os.PathLike[str], max_length: int
-) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, out_folder: str | os.PathLike[str], max_length: int) -> Tokenizer:
     """Learns a small CLIP-style vocabulary and writes its tokenizer folder; the same texts give the same bytes.
 
     The ids are laid out as CLIP's: 256 bytes, the same 256 at the end of a word, merges, start, end. Learning is done

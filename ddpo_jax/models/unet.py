@@ -196,7 +196,7 @@ class UNet2DCondition(nnx.Module):
 
     def __call__(
         self, latents: Float[Array, "B h w c"], timesteps: Array, context: Float[Array, "B L D"]
-    ) -> Float[Array, "B h w c"]:
+    ) -> Float[Array, "B h w d"]:
         """The prediction, float32.
 
         Args:

@@ -190,7 +190,7 @@ class Decoder(nnx.Module):
         self.conv_norm_out = GroupNorm(groups, widths[-1], epsilon=_EPSILON, dtype=dtype)
         self.conv_out = Conv(widths[-1], config.out_channels, 3, padding=1, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W C"]:
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
@@ -211,7 +211,7 @@ class AutoencoderKL(nnx.Module):
         if config.use_post_quant_conv:
             self.post_quant_conv = Conv(latent, latent, 1, dtype=dtype, rngs=rngs)
 
-    def encode(self, images: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
+    def encode(self, images: Float[Array, "B H W C"]) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
         """Mean and log-variance of the latents of images in [-1, 1], float32.
 
         Raises:
@@ -229,7 +229,7 @@ class AutoencoderKL(nnx.Module):
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, latents: Float[Array, "B h w c"], *, slice_size: int | None = None) -> Float[Array, "B H W 3"]:
+    def decode(self, latents: Float[Array, "B h w c"], *, slice_size: int | None = None) -> Float[Array, "B H W C"]:
         """Images, nominally in [-1, 1] and not clipped, float32.
 
         Args:
@@ -245,7 +245,7 @@ class AutoencoderKL(nnx.Module):
         images = lax.map(self._decode, padded.reshape(count, slice_size, *latents.shape[1:]))
         return images.reshape(-1, *images.shape[2:])[: latents.shape[0]]
 
-    def _decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+    def _decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
         hidden = latents.astype(self.dtype)
         if self.config.use_post_quant_conv:
             hidden = self.post_quant_conv(hidden)

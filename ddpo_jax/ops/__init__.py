@@ -1,1 +1,1 @@
-"""Pure functions: advantages (numpy, host), surrogates, Gaussian densities, masked sums (jax), option checks."""
+"""Pure functions: advantages and steps (numpy, host), surrogates, Gaussians, masked sums (jax), option checks."""

@@ -34,8 +34,8 @@ def require_groups(prompt_ids: PromptIds, algorithm: str) -> None:
     ids, count = np.unique(np.asarray(prompt_ids), return_counts=True)
     if count.size and count.min() < 2:
         raise ValueError(
-            f"algorithm.name={algorithm!r} compares samples of the same prompt, but prompt id {ids[count.argmin()]} "
-            "has 1 sample; set prompts.samples_per_prompt to 2 or more"
+            f"prompts.samples_per_prompt: received 1 sample of prompt id {ids[count.argmin()]}; {algorithm} compares "
+            "samples of the same prompt, which takes at least 2; use 4"
         )
 
 
@@ -52,9 +52,8 @@ def group_zscore(rewards: Rewards, prompt_ids: PromptIds, eps: float = 1e-6) -> 
 
 def leave_one_out(rewards: Rewards, prompt_ids: PromptIds) -> np.ndarray:
     """``r_i - mean_{j != i} r_j`` over the K samples of a prompt (003 Eq. 14); equals ``(r_i - mean) K / (K - 1)``."""
+    require_groups(prompt_ids, "a leave-one-out baseline")
     mean, _, count = group_statistics(rewards, prompt_ids)
-    if count.size and count.min() < 2:
-        raise ValueError("leave-one-out needs 2 or more samples of every prompt; set prompts.samples_per_prompt >= 2")
     return (np.asarray(rewards, np.float64) - mean) * count / (count - 1)
 
 

@@ -1,10 +1,10 @@
-"""Sums and means over the trained entries of an array; entries whose mask is 0 never reach value or gradient."""
+"""Sums over the trained entries of an array; entries whose mask is 0 never reach value or gradient."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def fill(values: Float[Array, "..."], mask: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -17,12 +17,6 @@ def total(values: Float[Array, "..."], mask: Float[Array, "..."], axis: int | No
     return jnp.sum(fill(values, mask) * mask, axis=axis)
 
 
-def mean(values: Float[Array, "..."], mask: Float[Array, "..."], axis: int | None = None) -> Float[Array, "..."]:
-    """Mean of ``values`` weighted by ``mask`` along ``axis``; 0 where nothing is left."""
-    count = jnp.sum(jnp.broadcast_to(mask, values.shape), axis=axis)
-    return total(values, mask, axis) / jnp.where(count == 0, jnp.ones_like(count), count)
-
-
 def spread(values: Float[Array, "..."], count: jax.Array) -> Float[Array, "..."]:
     """Scale ``values`` so that their plain mean over all entries is ``sum(values) / count``.
 
@@ -30,3 +24,15 @@ def spread(values: Float[Array, "..."], count: jax.Array) -> Float[Array, "..."]
     """
     count = jnp.asarray(count, values.dtype)
     return values * (values.size / jnp.where(count == 0, jnp.ones_like(count), count))
+
+
+def trained(mask: Float[Array, "N S"]) -> Float[Array, " N"]:
+    """1 for every sample with a trained step, 0 for padding."""
+    return jnp.any(mask != 0, axis=1).astype(mask.dtype)
+
+
+def prompt_pairs(prompt_ids: Int[Array, " N"], mask: Float[Array, "N S"]) -> Float[Array, "N N"]:
+    """1 for every unordered pair (a, b), a < b, of samples of the same prompt that both have a trained step."""
+    used = trained(mask)
+    same = (prompt_ids[:, None] == prompt_ids[None, :]).astype(mask.dtype)
+    return jnp.triu(same * used[:, None] * used[None, :], k=1)

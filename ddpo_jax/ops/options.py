@@ -13,20 +13,25 @@ def check(
     positive: Sequence[str] = (),
     non_negative: Sequence[str] = (),
 ) -> None:
-    """Raise one ValueError that lists every option outside its rule.
+    """Raise one ValueError with a line for every option outside its rule.
 
     Args:
       config: the algorithm's options.
       choices: allowed strings of the options that name an alternative.
-      positive: options that must be > 0.
-      non_negative: options that must be >= 0.
+      positive: options that must be above 0.
+      non_negative: options that must be 0 or above.
     """
     faults = [
-        f"algorithm.{key}={config[key]!r} is not an alternative; use one of {', '.join(allowed)}"
+        fault(config, key, f"it must be one of {', '.join(allowed)}", repr(allowed[0]))
         for key, allowed in (choices or {}).items()
         if config[key] not in allowed
     ]
-    faults += [f"algorithm.{key}={config[key]!r} must be > 0" for key in positive if not config[key] > 0]
-    faults += [f"algorithm.{key}={config[key]!r} must be >= 0" for key in non_negative if not config[key] >= 0]
+    faults += [fault(config, key, "it must be above 0", "the default") for key in positive if not config[key] > 0]
+    faults += [fault(config, key, "it must be 0 or above", "0") for key in non_negative if not config[key] >= 0]
     if faults:
-        raise ValueError("; ".join(faults))
+        raise ValueError("\n".join(faults))
+
+
+def fault(config: Mapping[str, Any], key: str, rule: str, use: str) -> str:
+    """One line: key, value received, rule, fix."""
+    return f"algorithm.{key}: received {config[key]!r}; {rule}; use {use}"

@@ -2,8 +2,8 @@
 
 A reward module defines::
 
-    def default_config() -> ConfigDict                    # the options of this reward, every key commented
-    def make(config) -> fn                                # loads what the reward needs; raises ValueError if it is missing
+    def default_config() -> ConfigDict                    # the reward's options, every key commented
+    def make(config) -> fn                                # loads what it needs; ValueError if that is missing
     fn(images u8[N,H,W,3], prompts list[str], metadata list[dict]) -> (f32[N], dict[str, f32[N]])
 
 Higher is better. ``fn`` runs on a host thread while the device samples the next batch: it keeps no state between calls,
@@ -11,6 +11,6 @@ is deterministic, does not mutate its arguments, and scores every image on its o
 scores). The parts are logged as ``reward/<part>``; a part is NaN for the images it does not apply to, a score never is.
 
 A reward with networks declares ``AUTO = {key: (value with the miniature, value with any other model)}`` for the options
-whose default "auto" depends on the model; ``ddpo_jax.config.resolve`` fills them. The exact definitions of the rewards
-(sign, scale, network, preprocessing) are in each module's docstring. Files with a leading underscore are shared helpers.
+whose default "auto" depends on the model; ``ddpo_jax.config.resolve`` fills them. The exact definition of a reward
+(sign, scale, network, preprocessing) is in its module's docstring. Files with a leading underscore are shared helpers.
 """

@@ -1,5 +1,7 @@
 """CLIP against transformers on random weights: both towers, activations, pooling rules, gradients."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,7 +68,7 @@ def test_text_equals_transformers(act, eos):
     x = ids(63)
     with torch.no_grad():
         want = theirs(torch.tensor(x), output_hidden_states=True)
-    got = ours(jnp.asarray(x))
+    got = nnx.jit(ours)(jnp.asarray(x))
     np.testing.assert_allclose(got.last_hidden_state, want.last_hidden_state.numpy(), atol=2e-5)
     np.testing.assert_allclose(got.penultimate_hidden_state, want.hidden_states[-2].numpy(), atol=2e-5)
     np.testing.assert_allclose(got.pooled, want.pooler_output.numpy(), atol=2e-5)
@@ -92,7 +94,7 @@ def test_clip_logits_and_gradients_equal_transformers():
         logits = nnx.merge(graphdef, state)(jnp.asarray(x), jnp.asarray(images))
         return jnp.sum(logits * weights), logits
 
-    (_, logits), grads = jax.value_and_grad(loss, has_aux=True)(state)
+    (_, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(state)
     np.testing.assert_allclose(logits, out.logits_per_image.detach().numpy(), atol=5e-5)
     got = keys.to_upstream(grads)
     assert set(got) == set(want)
@@ -108,19 +110,20 @@ def test_vision_towers_read_a_full_checkpoint():
         want = theirs(torch.tensor(images.transpose(0, 3, 1, 2)))
         pooled = theirs.vision_model(torch.tensor(images.transpose(0, 3, 1, 2))).pooler_output
     projected = keys.load(clip.CLIPVisionProjected, config, tensors(theirs))
-    np.testing.assert_allclose(projected(images), want.image_embeds.numpy(), atol=2e-5)
+    np.testing.assert_allclose(nnx.jit(projected)(images), want.image_embeds.numpy(), atol=2e-5)
     tower = {name: value for name, value in tensors(theirs).items() if name.startswith("vision_model.")}
-    np.testing.assert_allclose(keys.load(clip.CLIPVision, config, tower)(images), pooled.numpy(), atol=2e-5)
+    np.testing.assert_allclose(nnx.jit(keys.load(clip.CLIPVision, config, tower))(images), pooled.numpy(), atol=2e-5)
 
 
 def test_bfloat16_is_close_and_keeps_float32_parameters():
     config = clip.CLIPTextConfig(**{k: v for k, v in TEXT.items() if k != "bos_token_id"})
     full = clip.CLIPText(config, rngs=nnx.Rngs(0))
-    half = clip.CLIPText(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    half = keys.load(clip.CLIPText, config, keys.to_upstream(full), dtype=jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("float32")}
-    out = half(ids(63)).last_hidden_state
+    out = nnx.jit(half)(ids(63)).last_hidden_state
     assert out.dtype == jnp.bfloat16
-    np.testing.assert_allclose(out.astype(jnp.float32), full(ids(63)).last_hidden_state, atol=0.05)
+    want = nnx.jit(full)(ids(63)).last_hidden_state
+    assert 0 < np.sqrt(np.mean((out.astype(jnp.float32) - want) ** 2)) < 0.02  # rows have unit variance
 
 
 @pytest.mark.parametrize(
@@ -167,8 +170,8 @@ def test_bfloat16_is_close_and_keeps_float32_parameters():
     ],
 )
 def test_published_sizes(name, config, count):
-    abstract = nnx.eval_shape(lambda: clip.CLIP(config, rngs=nnx.Rngs(0)))
-    assert sum(np.prod(x.shape) for x in jax.tree.leaves(nnx.state(abstract))) == count, name
+    shapes = keys.upstream_shapes(keys.abstract(clip.CLIP, config))
+    assert sum(math.prod(shape) for shape in shapes.values()) == count, name
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Preprocessing against Pillow, torch's float64 interpolation and the CLIP processor of transformers."""
 
 import jax
+import jaxtyping
 import numpy as np
 import PIL.Image
 import pytest
@@ -16,19 +17,30 @@ def photo(rng, height, width, n=2):
 
 @pytest.mark.parametrize(
     ("size_in", "size_out"),
-    [((512, 512), (224, 224)), ((32, 32), (224, 224)), ((60, 40), (33, 22)), ((40, 61), (64, 97)), ((33, 32), (33, 17))],
+    [
+        ((512, 512), (224, 224)),
+        ((32, 32), (224, 224)),
+        ((60, 40), (33, 22)),
+        ((40, 61), (64, 97)),
+        ((33, 32), (33, 17)),
+    ],
 )
 def test_pil_path_is_pillow_to_one_level(size_in, size_out):
     images = photo(np.random.default_rng(0), *size_in)
     ours = np.asarray(jax.jit(preprocess.resize_pil, static_argnums=(1, 2))(images, *size_out)).astype(int)
     pillow = np.stack(
-        [np.asarray(PIL.Image.fromarray(image).resize(size_out[::-1], PIL.Image.Resampling.BICUBIC)) for image in images]
+        [
+            np.asarray(PIL.Image.fromarray(image).resize(size_out[::-1], PIL.Image.Resampling.BICUBIC))
+            for image in images
+        ]
     ).astype(int)
     assert np.abs(ours - pillow).max() <= 1
     assert np.mean(ours != pillow) < 2e-3  # float32 against Pillow's fixed point: only ties differ
 
 
-@pytest.mark.parametrize(("size_in", "size_out"), [((131, 97), (50, 60)), ((64, 64), (224, 224)), ((97, 131), (40, 200))])
+@pytest.mark.parametrize(
+    ("size_in", "size_out"), [((131, 97), (50, 60)), ((64, 64), (224, 224)), ((97, 131), (40, 200))]
+)
 def test_float_path_is_antialiased_bicubic(size_in, size_out):
     torch = pytest.importorskip("torch")
     images = photo(np.random.default_rng(1), *size_in).astype(np.float32)
@@ -70,16 +82,17 @@ def test_clip_pixels_is_the_clip_processor(shape):
     assert np.mean(np.abs(ours - theirs) > 1e-5) < 2e-3
 
 
-def test_float_and_pil_paths_differ_as_measured():
+def test_the_path_matters():
     images = photo(np.random.default_rng(3), 96, 96)
     pil = np.asarray(preprocess.resize_pil(images, 32, 32), np.float32)
     exact = np.asarray(preprocess.resize_float(images, 32, 32))
     gap = np.abs(np.clip(exact, 0, 255) - pil).max()
-    assert 0.4 < gap < 2.0
+    assert gap > 0.4  # so a test of one path fails on the other
 
 
 def test_processor_refuses_floats_and_unknown_paths():
-    with pytest.raises(ValueError, match=r"float32.*uint8"):
+    # Where jaxtyping checks signatures, as in this suite, it speaks first.
+    with pytest.raises((ValueError, jaxtyping.TypeCheckError), match=r"(?s)(float32|f32).*(uint8|UInt8)"):
         preprocess.clip_pixels(np.zeros((1, 8, 8, 3), np.float32), 8)
     with pytest.raises(ValueError, match=r"path='cv2'.*pil, float"):
         preprocess.clip_pixels(np.zeros((1, 8, 8, 3), np.uint8), 8, path="cv2")

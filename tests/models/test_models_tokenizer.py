@@ -1,11 +1,15 @@
 """The tokenizer against transformers' CLIPTokenizer, from every layout a folder may have."""
 
+import gzip
+import importlib.util
 import json
+import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+import tokenizers
 
 from ddpo_jax.models.tokenizer import Tokenizer, train_bpe
 
@@ -108,7 +112,7 @@ def test_added_tokens_of_a_textual_inversion(folder, tmp_path):
 
 
 def test_a_row_by_hand(tmp_path):
-    """"aab aab ab": a+b</w> is the most frequent pair (3), then a+ab</w> (2); nothing is left to merge."""
+    """ "aab aab ab": a+b</w> is the most frequent pair (3), then a+ab</w> (2); nothing is left to merge."""
     tokenizer = train_bpe(["aab aab ab"], 600, tmp_path, max_length=6)
     assert tokenizer.merges == [("a", "b</w>"), ("a", "ab</w>")]
     assert tokenizer.vocab_size == 256 + 256 + 2 + 2
@@ -129,14 +133,21 @@ def test_training_gives_the_same_bytes_in_another_process(folder, tmp_path):
 
 
 def test_real_clip_vocabulary_where_open_clip_ships_it(tmp_path):
-    """The published vocabulary: 49 408 ids, and the ids of "a photo of a cat"."""
-    module = pytest.importorskip("open_clip.tokenizer")
-    simple = module.SimpleTokenizer()
-    merges = sorted(simple.bpe_ranks, key=simple.bpe_ranks.__getitem__)
-    tokenizer = Tokenizer(simple.encoder | {"<|startoftext|>": 49406, "<|endoftext|>": 49407}, merges, max_length=77)
+    """The published vocabulary: 49 408 ids, the ids of "a photo of a cat", and transformers on awkward strings."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None:
+        pytest.skip("open_clip_torch is not installed")
+    path = pathlib.Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+    lines = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
+    merges = [tuple(line.split()) for line in lines]
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(x + "</w>" for x in letters), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = Tokenizer({token: i for i, token in enumerate(tokens)}, merges, max_length=77)
+    assert tokenizer.vocab_size == 49408
     row = tokenizer(["a photo of a cat"])[0]
     assert row[:7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
-    assert tokenizer.vocab_size == 49408
+    tokenizer.save(tmp_path)
+    np.testing.assert_array_equal(tokenizer(AWKWARD), theirs(tmp_path, AWKWARD))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,18 @@
+"""DDPO for an aesthetic score: the miniature's own network on CPU, the LAION head on CLIP with Stable Diffusion.
+
+command:   python -m ddpo_jax.main --config=configs/aesthetic.py
+run time:  measured: see README
+expect:    measured: see README
+
+Choices follow a colon, such as configs/aesthetic.py:algorithm=ddpo_sf,train.learning_rate=1e-4
+"""
+
+from ml_collections import ConfigDict
+
+from ddpo_jax.config import choose, default_config, with_choices
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = default_config()
+    choose(config, "reward", "aesthetic")
+    return with_choices(config, arg)

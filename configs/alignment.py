@@ -1,0 +1,18 @@
+"""DDPO for images that show what the prompt says, as the miniature's verifier sees it (share of the caption's facts).
+
+command:   python -m ddpo_jax.main --config=configs/alignment.py
+run time:  measured: see README
+expect:    measured: see README
+
+Choices follow a colon, such as configs/alignment.py:algorithm=ddpo_sf,train.learning_rate=1e-4
+"""
+
+from ml_collections import ConfigDict
+
+from ddpo_jax.config import choose, default_config, with_choices
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = default_config()
+    choose(config, "reward", "mini_verifier")
+    return with_choices(config, arg)

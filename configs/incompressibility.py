@@ -1,0 +1,18 @@
+"""DDPO for large JPEG files: the size in kB (quality 95).
+
+command:   python -m ddpo_jax.main --config=configs/incompressibility.py
+run time:  measured: see README
+expect:    measured: see README
+
+Choices follow a colon, such as configs/incompressibility.py:algorithm=ddpo_sf,train.learning_rate=1e-4
+"""
+
+from ml_collections import ConfigDict
+
+from ddpo_jax.config import choose, default_config, with_choices
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    config = default_config()
+    choose(config, "reward", "jpeg_incompressibility")
+    return with_choices(config, arg)

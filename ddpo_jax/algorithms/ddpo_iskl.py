@@ -1,0 +1,59 @@
+"""DDPO_ISKL: DDPO with importance sampling and a squared penalty on the trajectory's log-probability ratio.
+
+Paper: 004 section 3.5, Algorithm 5. To the surrogate of each trajectory it adds lambda/2 * (l_theta - l_ref)^2, where l
+is the log-probability summed over the steps and ref the pretrained model; the penalty's gradient is
+lambda * (l_theta - l_ref) * grad l_theta: it acts as an advantage that pulls drifted trajectories back. Algorithm 5
+writes one importance weight per trajectory, Eq. 2 of section 3.4 one per step: ``ratio_level``.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpo_jax.ops import masked, options, surrogate
+from ddpo_jax.ops.advantages import PromptStats, zscore
+from ddpo_jax.types import Batch, StepTerms, Traits
+
+CHOICES = {"ratio_level": ("step", "trajectory"), "log_prob_reduction": ("mean", "sum")}
+
+
+def default_config() -> ConfigDict:
+    """Options of this algorithm. 004 does not state lambda."""
+    return ConfigDict(
+        {
+            # lambda; with 1, a trajectory whose l (mean over dimensions) rose by 1 loses 1 standard deviation of reward
+            "kl_coef": 1.0,
+            "ratio_level": "step",  # "step": a ratio per denoising step; "trajectory": one for their product
+            # l in the penalty: "mean" over latent dimensions as public code logs it, or their "sum", the true density
+            "log_prob_reduction": "mean",
+        }
+    )
+
+
+def traits(config: ConfigDict) -> Traits:
+    """Coupled: the penalty sums over steps before it squares."""
+    options.check(config, choices=CHOICES, non_negative=("kl_coef",))
+    return Traits(terms=frozenset({"log_prob", "ref_log_prob"}), separable=False)
+
+
+def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, config: ConfigDict) -> np.ndarray:
+    """z-score over the rollout [N]."""
+    return zscore(rewards)
+
+
+def loss(terms: StepTerms, batch: Batch, config: ConfigDict) -> jax.Array:
+    """Surrogate of the trajectory plus penalty [N], both over the number of trained steps."""
+    # masked entries become 0 before any arithmetic: whatever stands there then has no gradient
+    arrays = (terms.log_prob, batch.old_log_prob, terms.ref_log_prob)
+    log_prob, old_log_prob, ref_log_prob = (masked.fill(x, batch.mask) for x in arrays)
+    if config.ratio_level == "step":
+        value = surrogate.clipped(log_prob, old_log_prob, batch.advantages[:, None], batch.clip_range)
+        value = masked.total(value, batch.mask, axis=1)
+    else:
+        value = surrogate.clipped(log_prob.sum(1), old_log_prob.sum(1), batch.advantages, batch.clip_range)
+        value = value * masked.trained(batch.mask)
+    dims = batch.num_dims if config.log_prob_reduction == "sum" else 1
+    drift = dims * (log_prob - ref_log_prob).sum(axis=1)
+    return masked.spread(value + 0.5 * config.kl_coef * drift**2, batch.mask.sum())

@@ -1,0 +1,371 @@
+"""A Stable Diffusion pipeline as one object: read from and written to an ordinary diffusers folder.
+
+The folder is the interface: `model_index.json`, `unet/`, `vae/`, `text_encoder/`, `tokenizer/`, `scheduler/`. The
+embedded miniature is such a folder too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, UInt8
+
+import ddpo_jax
+from ddpo_jax import weights
+from ddpo_jax.models import keys
+from ddpo_jax.models.clip import CLIPText, CLIPTextConfig
+from ddpo_jax.models.tokenizer import Tokenizer
+from ddpo_jax.models.unet import UNet2DCondition, UNetConfig
+from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
+
+MINI = Path(ddpo_jax.__file__).parent / "mini" / "assets" / "stable-diffusion-mini"
+# Commits taken when the caller names none: a hub id alone may change under a run.
+REVISIONS = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+    "stabilityai/stable-diffusion-2-1": "5cae40e6a2745ae2b01ad92ae5043f95f23644d6",
+}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_MODULES = ("unet", "vae", "text_encoder")
+_CLASSES: dict[str, tuple[str, ...]] = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel",),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+_LIBRARIES = {
+    "unet": "diffusers",
+    "vae": "diffusers",
+    "scheduler": "diffusers",
+    "text_encoder": "transformers",
+    "tokenizer": "transformers",
+}
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
+_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_SMALL_FILES = [
+    "model_index.json",
+    *(f"{name}/config.json" for name in _MODULES),
+    *(f"{name}/*.index*.json" for name in _MODULES),
+    *(f"tokenizer/{name}" for name in ("*.json", "merges.txt")),
+    "scheduler/scheduler_config.json",
+]
+_CACHE_SIZE = 2048  # distinct prompts; 236 kB each for Stable Diffusion 1.x
+_EMBED_BATCH = 32
+_DECODE_PIXELS = 4 * 512 * 512  # decoded at once on each device
+
+
+class Pipeline:
+    """UNet, VAE, text encoder and tokenizer with their configs.
+
+    Attributes:
+      unet, vae, text_encoder: NNX modules. `decode` and `embed` take the VAE and the text encoder as they are at their
+        first use.
+      tokenizer: see `models.tokenizer`.
+      configs: the contents of the folder's JSON files by part: unet, vae, text_encoder, scheduler.
+      revision: the hub commit the files came from, or None.
+    """
+
+    def __init__(
+        self,
+        *,
+        unet: UNet2DCondition,
+        vae: AutoencoderKL,
+        text_encoder: CLIPText,
+        tokenizer: Tokenizer,
+        configs: Mapping[str, Mapping[str, Any]],
+        revision: str | None = None,
+        cache_size: int = _CACHE_SIZE,
+    ):
+        """Checks that the parts belong together.
+
+        Raises:
+          ValueError: they do not; the message names the two numbers that differ.
+        """
+        self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
+        self.configs = {name: dict(config) for name, config in configs.items()}
+        self.revision = revision
+        text = text_encoder.config
+        _equal(
+            "unet cross_attention_dim", unet.config.cross_attention_dim, "text_encoder hidden_size", text.hidden_size
+        )
+        _equal("unet in_channels", unet.config.in_channels, "vae latent_channels", vae.config.latent_channels)
+        _equal("unet out_channels", unet.config.out_channels, "unet in_channels", unet.config.in_channels)
+        if tokenizer.max_length > text.max_position_embeddings or tokenizer.vocab_size > text.vocab_size:
+            raise ValueError(
+                f"the tokenizer gives {tokenizer.max_length} of {tokenizer.vocab_size} token ids, but the text encoder "
+                f"takes at most {text.max_position_embeddings} of {text.vocab_size}; use the tokenizer of this model"
+            )
+        self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._cache_size = cache_size
+        self._encode: Callable[[np.ndarray], Array] | None = None
+        self._decoders: dict[Any, tuple[Callable[..., Array], Any]] = {}
+
+    @property
+    def scheduler_config(self) -> dict[str, Any]:
+        """The content of `scheduler/scheduler_config.json`."""
+        return self.configs["scheduler"]
+
+    @property
+    def vae_scaling_factor(self) -> float:
+        """Latents of the UNet = latents of the VAE * this."""
+        return self.vae.config.scaling_factor
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of one sample."""
+        size = self.unet.config.sample_size
+        if size is None:
+            raise ValueError("unet/config.json has no sample_size, so the size of an image is unknown; add it")
+        h, w = (size, size) if isinstance(size, int) else size
+        return h, w, self.unet.config.in_channels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(H, W) of one image in pixels."""
+        h, w, _ = self.latent_shape
+        return h * self.vae.config.factor, w * self.vae.config.factor
+
+    def embed(self, prompts: Sequence[str]) -> Float[np.ndarray, "N L D"]:
+        """Text embeddings on the host; each distinct prompt is encoded once while it stays among the recent ones."""
+        distinct = dict.fromkeys(prompts)
+        found = {prompt: self._cache[prompt] for prompt in distinct if prompt in self._cache}
+        for prompt in found:
+            self._cache.move_to_end(prompt)
+        absent = [prompt for prompt in distinct if prompt not in found]
+        for start in range(0, len(absent), _EMBED_BATCH):
+            chunk = absent[start : start + _EMBED_BATCH]
+            found.update(zip(chunk, self._embed_chunk(chunk), strict=True))
+        for prompt in absent:
+            self._cache[prompt] = found[prompt]
+        while len(self._cache) > self._cache_size:
+            self._cache.popitem(last=False)
+        if not prompts:
+            return np.zeros((0, self.tokenizer.max_length, self.text_encoder.config.hidden_size), np.float32)
+        return np.stack([found[prompt] for prompt in prompts])
+
+    def _embed_chunk(self, prompts: list[str]) -> list[np.ndarray]:
+        if self._encode is None:
+            graphdef, state = nnx.split(self.text_encoder)
+            compiled = jax.jit(lambda s, ids: nnx.merge(graphdef, s)(ids).last_hidden_state.astype(jnp.float32))
+            self._encode = lambda ids: compiled(state, ids)
+        size = 1 << (len(prompts) - 1).bit_length()  # few distinct shapes, few compilations
+        ids = self.tokenizer([*prompts, *[""] * (size - len(prompts))])
+        # Copies: a view would keep its whole chunk alive for as long as one prompt is cached.
+        return [row.copy() for row in np.asarray(self._encode(ids))[: len(prompts)]]
+
+    def decode(self, latents: Float[Array, "N h w c"]) -> UInt8[Array, "N H W 3"]:
+        """Images of the UNet's latents: round(255 * clip(x / 2 + 0.5, 0, 1)).
+
+        Latents that are sharded over a mesh along N are decoded where they are; in any case no device decodes more
+        images at once than fit. Works for host arrays too.
+        """
+        mesh, axes = None, None
+        if isinstance(latents, jax.Array) and isinstance(latents.sharding, NamedSharding):
+            mesh = latents.sharding.mesh
+            axes = next(iter(latents.sharding.spec), None)
+        if (mesh, axes) not in self._decoders:
+            self._decoders[mesh, axes] = self._make_decoder(mesh, axes)
+        decoder, state = self._decoders[mesh, axes]
+        return decoder(state, latents)
+
+    def _make_decoder(self, mesh: Any, axes: Any) -> tuple[Callable[..., Array], Any]:
+        graphdef, state = nnx.split(self.vae)
+        factor, scaling = self.vae.config.factor, self.vae_scaling_factor
+
+        def decode(state: Any, latents: Array) -> Array:
+            slice_size = max(1, _DECODE_PIXELS // (latents.shape[1] * latents.shape[2] * factor**2))
+            images = nnx.merge(graphdef, state).decode(latents.astype(jnp.float32) / scaling, slice_size=slice_size)
+            return jnp.round(255 * jnp.clip(images / 2 + 0.5, 0, 1)).astype(jnp.uint8)
+
+        if mesh is None:
+            return jax.jit(decode), state
+        sharded = jax.shard_map(decode, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P(axes), check_vma=False)
+        return jax.jit(sharded), jax.device_put(state, NamedSharding(mesh, P()))
+
+
+def load(
+    source: str,
+    *,
+    dtype: Any = jnp.float32,
+    revision: str | None = None,
+    cache_size: int = _CACHE_SIZE,
+    frozen_on_host: bool = False,
+) -> Pipeline:
+    """Reads a pipeline.
+
+    Args:
+      source: "mini" (the embedded miniature), a local diffusers folder, or a hub id.
+      dtype: compute type of all networks; parameters are float32.
+      revision: commit, tag or branch of a hub id.
+      cache_size: number of prompts whose embeddings are kept.
+      frozen_on_host: keep the text encoder and the VAE in host memory, copied to the device while they run.
+
+    Raises:
+      ValueError: no such folder, no access to the hub, unsupported or inconsistent parts, tensors that do not fit.
+    """
+    folder, commit = _find(source, revision)
+    index = _json(folder / "model_index.json")
+    _check_index(index, folder)
+    configs = {name: _json(folder / name / "config.json") for name in _MODULES}
+    configs["scheduler"] = _json(folder / "scheduler" / "scheduler_config.json")
+    # Every config is read before the first tensor, so that a mistake shows at once.
+    unet_config, vae_config = UNetConfig.from_dict(configs["unet"]), VAEConfig.from_dict(configs["vae"])
+    text_config = CLIPTextConfig.from_dict(configs["text_encoder"])
+    tokenizer = Tokenizer.from_folder(folder / "tokenizer")
+
+    def module(cls: Any, name: str, config: Any, on_host: bool) -> Any:
+        path = folder / name
+        return keys.load(cls, config, weights.read_folder(path), dtype=dtype, where=str(path), on_host=on_host)
+
+    return Pipeline(
+        unet=module(UNet2DCondition, "unet", unet_config, False),
+        vae=module(AutoencoderKL, "vae", vae_config, frozen_on_host),
+        text_encoder=module(CLIPText, "text_encoder", text_config, frozen_on_host),
+        tokenizer=tokenizer,
+        configs=configs,
+        revision=commit,
+        cache_size=cache_size,
+    )
+
+
+def save(pipeline: Pipeline, folder: str | os.PathLike[str]) -> None:
+    """Writes a diffusers folder that PyTorch diffusers and `load` read; existing files of the same names are replaced.
+
+    Raises:
+      ValueError: a module holds parameters that its config does not describe (an adapter that was not merged).
+    """
+    folder = Path(folder)
+    modules: dict[str, Any] = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
+    tensors = {name: keys.to_upstream(module) for name, module in modules.items()}
+    for name, module in modules.items():
+        wanted = keys.upstream_shapes(keys.abstract(type(module), module.config))
+        if wanted != {key: value.shape for key, value in tensors[name].items()}:
+            extra = sorted(set(tensors[name]) - set(wanted))[:3]
+            raise ValueError(f"{name}: parameters {extra} ... are not of the model; merge the adapter before saving")
+    for name in modules:
+        weights.write_safetensors(folder / name / f"{_STEMS[name]}.safetensors", tensors[name])
+        config = dict(pipeline.configs[name])
+        if _LIBRARIES[name] == "diffusers":
+            config = {"_class_name": _CLASSES[name][0], **config}
+        else:
+            config = {"architectures": [_CLASSES[name][0]], "model_type": "clip_text_model", **config}
+        _write_json(folder / name / "config.json", config)
+    scheduler = pipeline.scheduler_config
+    if "_class_name" not in scheduler:
+        raise ValueError("scheduler config: _class_name is missing; diffusers needs it, for example 'DDIMScheduler'")
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    pipeline.tokenizer.save(folder / "tokenizer")
+    classes = {name: names[0] for name, names in _CLASSES.items()} | {"scheduler": scheduler["_class_name"]}
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.40.0"}
+    index |= {name: [_LIBRARIES[name], classes[name]] for name in sorted(classes)}
+    index |= {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    _write_json(folder / "model_index.json", index)
+
+
+# --- finding a folder -------------------------------------------------------------------------------------------------
+
+
+def _find(source: str, revision: str | None) -> tuple[Path, str | None]:
+    if source == "mini":
+        if not MINI.is_dir():
+            raise ValueError(
+                f"model 'mini': the embedded miniature is not in this installation ({MINI.name}); "
+                "make it with `python -m ddpo_jax.mini.pretrain`, or install the package whole"
+            )
+        return MINI, None
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        if not (folder / "model_index.json").is_file():
+            raise ValueError(f"model {source!r}: no model_index.json in this folder; give a diffusers pipeline folder")
+        return folder, None
+    if not _HUB_ID.fullmatch(source):
+        raise ValueError(
+            f"model {source!r}: no such folder, and not a hub id (owner/name); give 'mini' or one of those"
+        )
+    return _download(source, revision)
+
+
+def _download(repo: str, revision: str | None) -> tuple[Path, str]:
+    """The files of a hub repository that a pipeline needs, resumed and cached by huggingface_hub."""
+    import huggingface_hub
+
+    if revision is None and repo in REVISIONS:
+        revision = REVISIONS[repo]
+
+    def snapshot(patterns: list[str]) -> Path:
+        return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+    try:
+        folder = snapshot(_SMALL_FILES)
+        for name in _MODULES:
+            _download_weights(folder / name, _STEMS[name], snapshot)
+    except Exception as error:  # the client and what it stands on raise many unrelated types
+        cause = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"model {repo!r}: not a local folder, and the hub gave nothing ({type(error).__name__}: {cause}); "
+            "check the name, the network and HF_HUB_OFFLINE, or give a local diffusers folder"
+        ) from None
+    logging.info("model %s at commit %s", repo, folder.name)
+    return folder, folder.name
+
+
+def _download_weights(folder: Path, stem: str, snapshot: Callable[[list[str]], Any]) -> None:
+    """Asks for one set of weights after the other, best first, until one is there: a repository may hold them all."""
+    for index in sorted(folder.glob(f"{stem}*.index*.json")):
+        if "fp16" not in index.name and "non_ema" not in index.name:
+            snapshot([f"{folder.name}/{shard}" for shard in sorted(set(_json(index)["weight_map"].values()))])
+            return
+    legacy = "pytorch_model" if stem == "model" else stem
+    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{legacy}.bin", f"{legacy}.fp16.bin"):
+        snapshot([f"{folder.name}/{name}"])
+        if (folder / name).is_file():
+            return
+    raise ValueError(f"{folder.name}/ holds no {stem}.safetensors")
+
+
+def _check_index(index: Mapping[str, Any], folder: Path) -> None:
+    if index.get("_class_name") != "StableDiffusionPipeline":
+        raise ValueError(
+            f"{folder}: pipeline class {index.get('_class_name')!r} is not supported; "
+            "it must be StableDiffusionPipeline"
+        )
+    for name, entry in index.items():
+        if name.startswith("_") or name in _UNUSED or name == "scheduler":
+            continue
+        if name not in _CLASSES or entry[1] not in _CLASSES[name]:
+            raise ValueError(f"{folder}: model_index.json: {name} = {entry!r} is not supported")
+    absent = [name for name in (*_CLASSES, "scheduler") if name not in index]
+    if absent:
+        raise ValueError(f"{folder}: model_index.json: {', '.join(absent)} missing; give a whole diffusers folder")
+
+
+def _equal(name: str, value: int, other: str, wanted: int) -> None:
+    if value != wanted:
+        raise ValueError(f"{name} = {value} must equal {other} = {wanted}; the parts belong to different models")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; give a whole diffusers folder") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); download it again") from None
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

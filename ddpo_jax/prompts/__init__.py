@@ -1,0 +1,81 @@
+"""Prompts: what the policy is asked to draw. One file per source; a new file is found by its name (``prompts.name``).
+
+A source defines::
+
+    def default_config() -> ConfigDict                    # the options of this source, every key commented
+    def make(config) -> fn                                # raises ValueError if the prompts cannot be had
+    fn(rng: np.random.Generator, n: int) -> (prompts list[str] of length n, metadata list[dict] of length n)
+
+``fn`` keeps no state between calls: what it returns follows from ``rng`` alone, so a run resumes exactly. Each of the n
+prompts is then sampled ``prompts.samples_per_prompt`` times. The metadata travels with the images to the reward.
+
+``package.module:function`` is a user's own ``fn``; it may return the prompts alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpo_jax.find import find
+
+PromptFn = Callable[[np.random.Generator, int], tuple[list[str], list[dict[str, Any]]]]
+
+
+def make_prompts(config: ConfigDict) -> PromptFn:
+    """The source that ``config`` (the ``prompts`` section) describes; what it returns is checked on every call.
+
+    Raises:
+      ValueError: there is no such source, or its prompts cannot be had. The function that is returned raises it as
+        well, in one line, when the source fails or returns something else than n prompts.
+    """
+    found = find("prompts", config.name)
+    name = f"prompts.name: received {config.name!r}"
+    if ":" in config.name:
+        source = found
+    elif callable(getattr(found, "make", None)):
+        source = found.make(config)
+    else:
+        raise ValueError(f"{name}; the module has no function make(config); add one, or write {config.name}:function")
+
+    def checked(rng: np.random.Generator, n: int) -> tuple[list[str], list[dict[str, Any]]]:
+        try:
+            drawn = source(rng, n)
+        except Exception as error:  # the function may be the user's: it may raise anything
+            raise ValueError(f"{name}; it raised {type(error).__name__}: {' '.join(str(error).split())}") from error
+        prompts, metadata = drawn if isinstance(drawn, tuple) and len(drawn) == 2 else (drawn, None)
+        prompts = _strings(name, prompts, n)
+        if metadata is None:
+            return prompts, [{} for _ in prompts]
+        return prompts, _dictionaries(name, metadata, n)
+
+    return checked
+
+
+def draw(rng: np.random.Generator, size: int, n: int) -> np.ndarray:
+    """Indices i64[n] below ``size``, each equally likely; none twice before all were drawn, so groups stay apart."""
+    rounds = [rng.permutation(size) for _ in range(n // size)]
+    return np.concatenate([*rounds, rng.choice(size, n % size, replace=False)]).astype(np.int64)
+
+
+def _strings(name: str, prompts: Any, n: int) -> list[str]:
+    rule = f"called with (rng, {n}) it must return {n} strings, or ({n} strings, {n} dictionaries)"
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence | np.ndarray):
+        raise ValueError(f"{name}; it returned a {type(prompts).__name__}; {rule}")
+    if len(prompts) != n:
+        raise ValueError(f"{name}; it returned {len(prompts)} prompts; {rule}")
+    for index, prompt in enumerate(prompts):
+        if not isinstance(prompt, str):
+            raise ValueError(f"{name}; prompt {index} is {prompt!r} ({type(prompt).__name__}); {rule}")
+    return [str(prompt) for prompt in prompts]
+
+
+def _dictionaries(name: str, metadata: Any, n: int) -> list[dict[str, Any]]:
+    right = isinstance(metadata, Sequence) and len(metadata) == n and all(isinstance(item, dict) for item in metadata)
+    if not right:
+        what = f"{len(metadata)} items" if isinstance(metadata, Sequence) else f"a {type(metadata).__name__}"
+        raise ValueError(f"{name}; its metadata is {what}; it must be {n} dictionaries, one for each prompt")
+    return list(metadata)

@@ -1,0 +1,18 @@
+"""No replay: every epoch trains on its own samples only."""
+
+from __future__ import annotations
+
+import numpy as np
+from ml_collections import ConfigDict
+
+
+def default_config() -> ConfigDict:
+    """No options."""
+    return ConfigDict()
+
+
+def priority(
+    rewards: np.ndarray, advantages: np.ndarray, age: np.ndarray, rng: np.random.Generator, config: ConfigDict
+) -> np.ndarray:
+    """Nothing is ever picked: minus infinity [N]."""
+    return np.full(len(rewards), -np.inf)

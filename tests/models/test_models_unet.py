@@ -1,0 +1,268 @@
+"""UNet2DCondition against PyTorch diffusers on random weights: values, input gradients, parameter gradients."""
+
+from __future__ import annotations
+
+import functools
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import torch_weights
+
+from ddpo_jax.models.unet import UNet2DCondition, UNetConfig
+
+# Published configs, and their likes in miniature. The last two are shapes nobody ships.
+SD15 = {
+    "_class_name": "UNet2DConditionModel",
+    "_diffusers_version": "0.6.0",
+    "act_fn": "silu",
+    "attention_head_dim": 8,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "center_input_sample": False,
+    "cross_attention_dim": 768,
+    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "downsample_padding": 1,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "in_channels": 4,
+    "layers_per_block": 2,
+    "mid_block_scale_factor": 1,
+    "norm_eps": 1e-05,
+    "norm_num_groups": 32,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+}
+SD21 = SD15 | {
+    "attention_head_dim": [5, 10, 20, 20],
+    "cross_attention_dim": 1024,
+    "dual_cross_attention": False,
+    "only_cross_attention": False,
+    "num_class_embeds": None,
+    "sample_size": 96,
+    "upcast_attention": True,
+    "use_linear_projection": True,
+}
+SMALL = {"block_out_channels": [16, 32], "norm_num_groups": 8, "sample_size": 8, "cross_attention_dim": 12}
+PLAIN_LAST = {
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+ATTENTION_EVERYWHERE = {
+    "down_block_types": ["CrossAttnDownBlock2D"] * 2,
+    "up_block_types": ["CrossAttnUpBlock2D"] * 2,
+}
+CONFIGS = {
+    "sd1": SD15 | SMALL | PLAIN_LAST | {"attention_head_dim": 8},
+    "sd2": SD21 | SMALL | PLAIN_LAST | {"attention_head_dim": [2, 4], "layers_per_block": 1},
+    "miniature": SD15
+    | ATTENTION_EVERYWHERE
+    | {
+        "block_out_channels": [48, 96],
+        "norm_num_groups": 16,
+        "layers_per_block": 1,
+        "cross_attention_dim": 96,
+        "attention_head_dim": 4,
+        "sample_size": 8,
+    },
+    "odd": SD21
+    | ATTENTION_EVERYWHERE
+    | {
+        "block_out_channels": [15, 30],
+        "norm_num_groups": 5,
+        "layers_per_block": 1,
+        "cross_attention_dim": 7,
+        "attention_head_dim": [3, 5],
+        "in_channels": 3,
+        "out_channels": 5,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "norm_eps": 1e-6,
+    },
+}
+
+
+def _inputs(config, seed=0, batch=2, length=7, size=8):
+    rng = np.random.default_rng(seed)
+    latents = rng.standard_normal((batch, size, size, config["in_channels"])).astype(np.float32)
+    context = rng.standard_normal((batch, length, config["cross_attention_dim"])).astype(np.float32)
+    return latents, np.array([1, 981])[:batch], context
+
+
+@functools.cache
+def _reference(name):
+    """PyTorch's state dict, output, and gradients of sum(sin(output)) by latents, context and every parameter."""
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    config = CONFIGS[name]
+    model = diffusers.UNet2DConditionModel.from_config(config).eval()
+    latents, timesteps, context = _inputs(config)
+    x = torch.tensor(latents).permute(0, 3, 1, 2).requires_grad_()
+    c = torch.tensor(context, requires_grad=True)
+    out = model(x, torch.tensor(timesteps), c).sample
+    out.sin().sum().backward()
+    grads = {key: value.grad.numpy() for key, value in model.named_parameters()}
+    nhwc = functools.partial(np.transpose, axes=(0, 2, 3, 1))
+    return model.state_dict(), nhwc(out.detach().numpy()), nhwc(x.grad.numpy()), c.grad.numpy(), grads
+
+
+@functools.cache
+def _ours(name, remat="none", dtype="float32"):
+    config = UNetConfig.from_dict(CONFIGS[name])
+    model = UNet2DCondition(config, remat=remat, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    torch_weights.load(model, _reference(name)[0])
+    graph, params = nnx.split(model)
+
+    def loss(params, latents, context, timesteps):
+        out = nnx.merge(graph, params)(latents, timesteps, context)
+        return jnp.sum(jnp.sin(out)), out
+
+    latents, timesteps, context = _inputs(CONFIGS[name])
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+    (_, out), (params, latents, context) = gradient(params, latents, context, timesteps)
+    return out, latents, context, torch_weights.gradients(params)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_value_and_gradients(name):
+    _, expected, d_latents, d_context, d_params = _reference(name)
+    out, latents, context, params = _ours(name)
+    assert out.dtype == jnp.float32
+    np.testing.assert_allclose(out, expected, atol=1e-4)
+    np.testing.assert_allclose(latents, d_latents, atol=1e-4)
+    np.testing.assert_allclose(context, d_context, atol=1e-4)
+    assert set(params) == set(d_params)
+    for key, (path, ours) in params.items():
+        np.testing.assert_allclose(ours, torch_weights.to_ours(path, d_params[key]), atol=1e-4, err_msg=key)
+
+
+def test_remat_changes_nothing_but_memory():
+    out, latents, context, params = _ours("odd")
+    remat = _ours("odd", remat="block")
+    np.testing.assert_allclose(remat[0], out, atol=1e-6)
+    np.testing.assert_allclose(remat[1], latents, atol=1e-5)
+    for key, (_, value) in params.items():
+        np.testing.assert_allclose(remat[3][key][1], value, atol=1e-4, err_msg=key)
+
+
+def _abstract(raw, **options):
+    return nnx.eval_shape(lambda: UNet2DCondition(UNetConfig.from_dict(raw), rngs=nnx.Rngs(0), **options))
+
+
+def test_remat_recomputes_every_resnet_and_transformer():
+    def checkpoints(remat):
+        graph, params = nnx.split(_abstract(CONFIGS["odd"], remat=remat))
+        latents, timesteps, context = _inputs(CONFIGS["odd"])
+        jaxpr = jax.make_jaxpr(lambda params: nnx.merge(graph, params)(latents, timesteps, context))(params)
+        return sum(equation.primitive.name in ("remat", "remat2", "checkpoint") for equation in jaxpr.eqns)
+
+    assert checkpoints("none") == 0
+    assert checkpoints("block") == 2 * (2 * 1) + (2 + 1) + 2 * (2 * 2)  # down, mid, up
+
+
+def test_bfloat16_is_near_float32_and_parameters_stay_float32():
+    out, *_, params = _ours("sd1")
+    half, *_, half_params = _ours("sd1", dtype="bfloat16")
+    assert half.dtype == jnp.float32
+    scale = float(jnp.std(out))
+    assert 1e-5 * scale < float(jnp.sqrt(jnp.mean((half - out) ** 2))) < 0.03 * scale
+    assert {value.dtype for _, value in half_params.values()} == {np.dtype(np.float32)}
+    norm = lambda grads: np.sqrt(sum(float(np.sum(np.square(value))) for _, value in grads.values()))  # noqa: E731
+    difference = {key: (path, value - params[key][1]) for key, (path, value) in half_params.items()}
+    assert norm(difference) < 0.05 * norm(params)
+
+
+@pytest.mark.parametrize(("raw", "count"), [(SD15, 859_520_964), (SD21, 865_910_724)])
+def test_full_size_has_the_published_number_of_parameters(raw, count):
+    params = nnx.state(_abstract(raw), nnx.Param)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"class_embed_type": "timestep"}, "class_embed_type='timestep': only None is supported"),
+        ({"transformer_layers_per_block": [1, 2]}, "transformer_layers_per_block=(1, 2): only 1 is supported"),
+        ({"time_cond_proj_dim": 256}, "time_cond_proj_dim=256"),
+        ({"new_option": 3}, "new_option=3: unknown option"),
+        ({"down_block_types": ["DownBlock2D", "SimpleDownBlock2D"]}, "down_block_types="),
+        ({"attention_head_dim": [2, 4, 4]}, "attention_head_dim=(2, 4, 4): must be one number of heads or 2 of them"),
+        ({"attention_head_dim": 5}, "attention_head_dim=5: must divide the number of channels, 16"),
+        ({"norm_num_groups": 12}, "norm_num_groups=12: must divide all block_out_channels"),
+        ({"cross_attention_dim": [12, 12]}, "cross_attention_dim=(12, 12): must be one positive integer"),
+        ({"_class_name": "AutoencoderKL"}, "_class_name='AutoencoderKL': expected 'UNet2DConditionModel'"),
+    ],
+)
+def test_unsupported_config_is_refused_by_name(change, message):
+    with pytest.raises(ValueError) as error:
+        UNetConfig.from_dict(CONFIGS["sd1"] | change)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_fault_of_a_config_is_reported_at_once():
+    with pytest.raises(ValueError, match="class_embed_type=.*dual_cross_attention=True"):
+        UNetConfig.from_dict(SD15 | {"class_embed_type": "timestep", "dual_cross_attention": True})
+
+
+def test_the_config_diffusers_writes_today_is_read():
+    diffusers = pytest.importorskip("diffusers")
+    written = dict(diffusers.UNet2DConditionModel.from_config(CONFIGS["sd2"]).config)
+    assert UNetConfig.from_dict(written) == UNetConfig.from_dict(CONFIGS["sd2"])
+
+
+def test_wrong_arguments_are_refused():
+    model = _abstract(CONFIGS["sd1"], remat="all")
+    latents, timesteps, context = _inputs(CONFIGS["sd1"], size=8)
+    with pytest.raises(ValueError, match="remat='all': must be one of none, block"):
+        model(latents, timesteps, context)
+    with pytest.raises(ValueError, match="latents=7x7: height and width must be multiples of 2"):
+        model(latents[:, :7, :7], timesteps, context)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_full_size_forward(name, capsys):
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    raw = {"sd15": SD15, "sd21": SD21}[name]
+    with capsys.disabled():
+        print(f"\n{name}:", end=" ")
+    torch.manual_seed(0)
+    reference = diffusers.UNet2DConditionModel.from_config(raw).eval()
+    latents, timesteps, context = _inputs(raw, batch=1, length=77, size=64)
+    with torch.inference_mode():
+        start = time.perf_counter()
+        out = reference(
+            torch.tensor(latents).permute(0, 3, 1, 2), torch.tensor(timesteps), torch.tensor(context)
+        ).sample
+        torch_seconds = time.perf_counter() - start
+    expected = out.permute(0, 2, 3, 1).numpy()
+    model = _abstract(raw)
+    tensors = reference.state_dict()
+    del reference
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        value = torch_weights.to_ours(path, tensors.pop(torch_weights.torch_name(path)).numpy())
+        variable.set_value(jnp.asarray(value))
+    assert not tensors
+    graph, params = nnx.split(model)
+    forward = jax.jit(lambda params, *args: nnx.merge(graph, params)(*args)).lower(params, latents, timesteps, context)
+    start = time.perf_counter()
+    forward = forward.compile()
+    compile_seconds = time.perf_counter() - start
+    start = time.perf_counter()
+    ours = np.asarray(forward(params, latents, timesteps, context))
+    seconds = time.perf_counter() - start
+    error = float(np.abs(ours - expected).max())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    with capsys.disabled():
+        print(
+            f"max abs error {error:.2e} (output std {expected.std():.2f}), forward {seconds:.1f} s "
+            f"(compile {compile_seconds:.1f} s; PyTorch {torch_seconds:.1f} s), peak memory {peak:.1f} GiB"
+        )
+    assert error < 5e-4
+    assert peak < 14

@@ -1,0 +1,120 @@
+"""The aesthetic reward: the published head's anchor values, and the whole chain against transformers and torch."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ddpo_jax import weights
+from ddpo_jax.models import aesthetic_head, keys
+from ddpo_jax.rewards import _clip, aesthetic
+
+
+def configured(**options):
+    config = aesthetic.default_config()
+    config.update(options)
+    return config
+
+
+def torch_head(width, seed=0):
+    """The upstream module: linear layers with dropout between some of them."""
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(seed)
+    layers = torch.nn.Sequential(
+        torch.nn.Linear(width, 1024),
+        torch.nn.Dropout(0.2),
+        torch.nn.Linear(1024, 128),
+        torch.nn.Dropout(0.2),
+        torch.nn.Linear(128, 64),
+        torch.nn.Dropout(0.1),
+        torch.nn.Linear(64, 16),
+        torch.nn.Linear(16, 1),
+    ).eval()
+    with torch.no_grad():
+        for parameter in layers.parameters():
+            parameter.mul_(3)
+    return layers
+
+
+@pytest.fixture(scope="module")
+def head_file(tmp_path_factory):
+    torch = pytest.importorskip("torch")
+    path = tmp_path_factory.mktemp("head") / "head.pth"
+    torch.save({f"layers.{name}": value for name, value in torch_head(24).state_dict().items()}, path)
+    return path
+
+
+def test_published_head_gives_the_anchor_values(published_head):
+    tensors = weights.read_pickle_tensors(published_head)
+    head = keys.load(aesthetic_head.AestheticHead, aesthetic_head.AestheticHeadConfig(), tensors)
+    constant = np.full(768, 768**-0.5)
+    embeddings = np.stack([constant, np.eye(768)[0], 40 * constant]).astype(np.float32)
+    scores = np.asarray(aesthetic_head.score(head, embeddings))
+    np.testing.assert_allclose(scores, [4.883285, 4.545052, 4.883285], atol=5e-6)
+
+
+def test_whole_chain_is_transformers_and_the_upstream_head(clip_model, clip_folder, head_file, images):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    reward = aesthetic.make(configured(weights="laion", clip=str(clip_folder), head=str(head_file), batch_size=4))
+    scores, parts = reward(images, [""] * 5, [{}] * 5)
+    processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    processor = processor.from_pretrained(clip_folder)
+    with torch.no_grad():
+        pixels = processor(list(images), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+        features = clip_model.get_image_features(pixel_values=pixels)
+        features = getattr(features, "pooler_output", features)
+        expected = torch_head(24)(features / features.norm(dim=-1, keepdim=True))[:, 0].numpy()
+    assert parts == {} and scores.dtype == np.float32
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(scores, expected, atol=2e-3 * expected.std())
+
+
+def test_folder_layout_of_the_embedded_weights(clip_folder, head_file, images, tmp_path, monkeypatch):
+    tensors = weights.read_pickle_tensors(head_file)
+    weights.write_safetensors(tmp_path / "aesthetic" / "head.safetensors", tensors)
+    note = {"embed_dim": 24, "widths": [1024, 128, 64, 16, 1], "_rating": "what it rewards"}
+    (tmp_path / "aesthetic" / "config.json").write_text(json.dumps(note))
+    (tmp_path / "clip").symlink_to(clip_folder)
+    given = aesthetic.make(configured(weights="laion", clip=str(clip_folder), head=str(head_file)))(images, [], [])[0]
+    monkeypatch.setattr(_clip, "ASSETS", tmp_path)
+    embedded = aesthetic.make(configured(weights="mini"))(images, [], [])[0]
+    np.testing.assert_array_equal(embedded, given)
+
+    (tmp_path / "aesthetic" / "config.json").write_text(json.dumps(note | {"embed_dim": 768}))
+    with pytest.raises(ValueError, match=r"reward.head=.*width 768, but reward.clip gives 24"):
+        aesthetic.make(configured(weights="mini"))
+    (tmp_path / "aesthetic" / "config.json").write_text(json.dumps(note | {"width": 1}))
+    with pytest.raises(ValueError, match=r"unknown width; it may hold embed_dim, widths"):
+        aesthetic.make(configured(weights="mini"))
+
+
+def test_missing_and_wrong_weights_are_named(clip_folder, head_file, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"reward.weights='auto': must be mini or laion"):
+        aesthetic.make(configured())
+    with pytest.raises(ValueError, match=r"reward.head='': no such file; give LAION's .*\.pth"):
+        aesthetic.make(configured(weights="laion"))  # said before the CLIP is read, or even downloaded
+    with pytest.raises(ValueError, match=r"reward.clip='/no/clip': no such folder; give a CLIP folder or a hub id"):
+        aesthetic.make(configured(weights="laion", clip="/no/clip", head=str(head_file)))
+    with pytest.raises(ValueError, match=r"reward.clip=.*no config.json there"):
+        aesthetic.make(configured(weights="laion", clip=str(tmp_path), head=str(head_file)))
+    monkeypatch.setattr(_clip, "ASSETS", tmp_path)
+    with pytest.raises(ValueError, match=r"reward.weights='mini'.*'aesthetic' weights.*ddpo_jax.mini.pretrain"):
+        aesthetic.make(configured(weights="mini"))
+    weights.write_safetensors(tmp_path / "odd.safetensors", {"layers.0.weight": np.zeros((1024, 7), np.float32)})
+    with pytest.raises(ValueError, match=r"reward.head=.*9 missing: layers.0.bias.*layers.0.weight \[1024, 7\]"):
+        aesthetic.make(configured(weights="laion", clip=str(clip_folder), head=str(tmp_path / "odd.safetensors")))
+
+
+def test_an_unreachable_hub_is_one_line(monkeypatch):
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise huggingface_hub.errors.OfflineModeIsEnabled("cannot reach\nthe hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(
+        ValueError, match=r"reward.clip='someone/clip'.*cannot reach the hub.*local CLIP folder"
+    ) as caught:
+        _clip.clip_folder("someone/clip", "reward.clip")
+    assert "\n" not in str(caught.value)
