@@ -47,7 +47,9 @@ def minibatches(
     missing = -len(rows) % batch_size
     present = np.concatenate([np.ones(len(rows), np.float32), np.zeros(missing, np.float32)])
     for chunk, mask in zip(
-        np.concatenate([rows, np.resize(rows, missing)]).reshape(-1, batch_size), present.reshape(-1, batch_size), strict=True
+        np.concatenate([rows, np.resize(rows, missing)]).reshape(-1, batch_size),
+        present.reshape(-1, batch_size),
+        strict=True,
     ):
         chosen = samples[chunk]
         importance = step_sampling == "importance" and traits.separable

@@ -190,9 +190,7 @@ class Learner:
             losses = masked.fill(self._objective.loss(terms, picked), picked.mask)
             return (losses * picked.mask * weight[rows, column][:, None]).sum() / pairs, terms
 
-        def coupled(
-            coefficients: StepTerms, params: Params, rows: Array, column: Array
-        ) -> tuple[Array, StepTerms]:
+        def coupled(coefficients: StepTerms, params: Params, rows: Array, column: Array) -> tuple[Array, StepTerms]:
             terms = terms_of(params, rows, column)
             scale = weight[rows, column][:, None]
             products = jax.tree.map(lambda c, x: (c[rows, column][:, None] * scale * x).sum(), coefficients, terms)
@@ -276,7 +274,14 @@ class Learner:
         return StepTerms(**{name: value[:, None] for name, value in out.items()})
 
     def _denoise_mse(
-        self, policy: Policy, params: Params, batch: Minibatch, rows: Array, column: Array, context: Array, uncond: Array
+        self,
+        policy: Policy,
+        params: Params,
+        batch: Minibatch,
+        rows: Array,
+        column: Array,
+        context: Array,
+        uncond: Array,
     ) -> Float[Array, " M"]:
         """The denoising loss of the final latents at a random training timestep (DDPO paper, Eq. 1)."""
         schedule, clean = policy.schedule, batch.latents[rows, -1]
@@ -301,9 +306,7 @@ def _pair_indices(batch: Minibatch, microbatch: int) -> tuple[Int[Array, "I M"],
     return jnp.repeat(rows, steps, axis=0), jnp.tile(columns, len(rows))
 
 
-def _map_pairs(
-    terms_of: Callable[[Array, Array], StepTerms], batch: Minibatch, microbatch: int
-) -> StepTerms:
+def _map_pairs(terms_of: Callable[[Array, Array], StepTerms], batch: Minibatch, microbatch: int) -> StepTerms:
     """The terms of all pairs [n, S], one microbatch of one step at a time."""
     samples, steps = batch.steps.shape
     microbatch = math.gcd(samples, microbatch)

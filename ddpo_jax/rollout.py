@@ -89,7 +89,14 @@ class Collector:
         self.trained_steps = np.asarray(policy.schedule.trainable)
 
         def local(
-            params: Params, frozen: Params, uncond: Array, context: Array, epoch: Array, ids: Array, roots: Array, branch: Array
+            params: Params,
+            frozen: Params,
+            uncond: Array,
+            context: Array,
+            epoch: Array,
+            ids: Array,
+            roots: Array,
+            branch: Array,
         ) -> tuple[Trajectory, Array]:
             bound = dataclasses.replace(policy, network=lambda p, *inputs: network(p, frozen, *inputs))
             base = jax.random.fold_in(jax.random.key(seed), epoch)
@@ -155,7 +162,9 @@ class Collector:
             latents=np.concatenate([t.latents for t in trajectories]),
             log_prob=np.concatenate([t.log_prob for t in trajectories]),
             weights=steps.normalise(np.concatenate(weights), self.trained_steps),
-            mask=np.tile((np.arange(len(self.trained_steps)) >= branch_step) & self.trained_steps, (n, 1)).astype(np.float32),
+            mask=np.tile((np.arange(len(self.trained_steps)) >= branch_step) & self.trained_steps, (n, 1)).astype(
+                np.float32
+            ),
             context=self._embed(prompts),
             prompt_ids=np.asarray([prompt_id(p) for p in prompts], np.int64),
             group_ids=(np.int64(epoch) << 32) + np.arange(n) // self._k,

@@ -22,8 +22,9 @@ LAYERS = [
     {"learner", "config", "reward_runner"},
     {"batching", "rollout", "validate"},
     {"build"},
+    {"epoch", "workdir", "value"},
     {"train"},
-    {"main", "benchmark", "sample", "evaluate", "export", "compare"},
+    {"main", "benchmark", "sample", "evaluate", "export", "compare", "measure", "sweep"},
 ]
 LAYER = {room: number for number, layer in enumerate(LAYERS) for room in layer}
 # Rooms that may import less than their layer allows: this, and nothing else of the package.

@@ -12,7 +12,10 @@ from ddpo_jax.diffusion.schedule import Schedule
 
 
 def predictions(
-    schedule: Schedule, model_output: Float[Array, "B h w c"], latents: Float[Array, "B h w c"], alpha: Float[Array, " B"]
+    schedule: Schedule,
+    model_output: Float[Array, "B h w c"],
+    latents: Float[Array, "B h w c"],
+    alpha: Float[Array, " B"],
 ) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
     """The clean latents and the noise that a network output stands for: ``(x0_hat, eps_hat)``."""
     signal, noise = _column(jnp.sqrt(alpha)), _column(jnp.sqrt(1 - alpha))

@@ -67,7 +67,9 @@ def make(config: Mapping[str, Any], num_steps: int, eta: float) -> Schedule:
         _choice(key, options[key], (False,))
     train_steps = options["num_train_timesteps"]
     if not 1 <= num_steps <= train_steps:
-        raise ValueError(f"sample.num_steps: received {num_steps}; must be in 1..{train_steps}; choose a smaller number")
+        raise ValueError(
+            f"sample.num_steps: received {num_steps}; must be in 1..{train_steps}; choose a smaller number"
+        )
 
     alphas_cumprod = np.cumprod(1.0 - _betas(options))
     timesteps = _timesteps(num_steps, train_steps, options["timestep_spacing"], options["steps_offset"])

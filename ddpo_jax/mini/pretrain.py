@@ -22,6 +22,7 @@ from ddpo_jax.mini.training import Stage, finished, stream, train
 from ddpo_jax.models.pipeline import Pipeline
 
 ORDER = ("tokenizer", "verifier", "clip", "aesthetic", "vae", "unet", "assemble", "quality")
+NEEDS = {"aesthetic": ("clip",), "unet": ("clip", "vae")}
 ASSETS = Path(__file__).parent / "assets"
 PICTURE_PROMPTS = 24
 
@@ -86,6 +87,9 @@ def _train(context: Context, stage: Stage) -> None:
     if finished(stage, context.workdir, context.seed):
         _log(f"{stage.name}: already trained")
         return
+    for needed in NEEDS.get(stage.name, ()):
+        if not finished(STAGES[needed](context), context.workdir, context.seed):
+            raise ValueError(f"--stages: {stage.name} needs {needed} trained to its end; add {needed} to --stages")
     watch: dict[str, Callable[[nnx.Module, int], None]] = {"vae": _vae_watch(context), "unet": _unet_watch(context)}
     begun = time.monotonic()
     train(stage, context.workdir, context.seed, on_checkpoint=watch.get(stage.name), log=_log)
@@ -107,7 +111,7 @@ def _vae_watch(context: Context) -> Callable[[nnx.Module, int], None]:
             return
         seen[0] = step
         pixels = images.astype(np.float32) / 127.5 - 1
-        rebuilt = np.asarray(vae.decode(vae.encode(pixels)[0]))
+        rebuilt = np.asarray(nnx.jit(lambda vae, x: vae.decode(vae.encode(x)[0]))(vae, pixels))
         rebuilt = np.round(255 * np.clip(rebuilt / 2 + 0.5, 0, 1)).astype(np.uint8)
         both = np.stack([images, rebuilt], axis=1).reshape(-1, *images.shape[1:])
         captions = ["picture", "rebuilt"] * len(images)

@@ -19,6 +19,7 @@ class Sizes:
     """Widths, depths and lengths.
 
     Attributes:
+      verifier_widths: of the detector, at 16x16 and at 8x8.
       vocab_size, max_length: of the tokenizer.
       clip_width, clip_layers, clip_heads, projection: both towers of CLIP; the text tower conditions the UNet.
       head_widths, head_bank: layers of the aesthetic head, and the number of renderings it learns from.
@@ -33,6 +34,7 @@ class Sizes:
     aesthetic: Length
     vae: Length
     unet: Length
+    verifier_widths: tuple[int, int] = (48, 96)
     vocab_size: int = 900
     max_length: int = 24
     clip_width: int = 96
@@ -65,6 +67,7 @@ TINY = Sizes(
     aesthetic=Length(3, 4, 1e-3),
     vae=Length(3, 2, 1e-3),
     unet=Length(3, 4, 1e-3),
+    verifier_widths=(8, 16),
     clip_width=32,
     clip_layers=1,
     clip_heads=2,

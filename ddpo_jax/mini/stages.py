@@ -78,10 +78,11 @@ def vocabulary_texts(seed: int) -> list[str]:
 
 def verifier_stage(context: Context) -> Stage:
     """The detector of ``mini.verifier``, on its own data and loss."""
+    config = verifier.VerifierConfig(context.sizes.verifier_widths)
     return _stage(
         "verifier",
         context.sizes.verifier,
-        init=verifier.init,
+        init=lambda rngs: verifier.Detector(config, rngs=rngs),
         make_batch=verifier.make_batch,
         loss=verifier.loss,
         weight_decay=verifier.WEIGHT_DECAY,
@@ -298,7 +299,7 @@ def encode_bank(context: Context) -> dict[str, np.ndarray]:
 
     Made once and kept in the work directory.
     """
-    path = context.workdir / "unet" / "bank.npz"
+    path = context.workdir / "vae" / "bank.npz"
     if path.exists():
         with np.load(path) as arrays:
             return dict(arrays)

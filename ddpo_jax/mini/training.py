@@ -34,7 +34,7 @@ class Stage:
 
     Attributes:
       name: folder name in the work directory and stream of the random numbers.
-      init: makes the module with fresh parameters.
+      init: makes the module with fresh parameters; parameters are all its state.
       make_batch: (generator, batch size) -> arrays with the batch as the leading axis; runs on a host thread.
       loss: (module, batch, key) -> (scalar, {metric: scalar}).
       steps, batch_size, learning_rate: length and step size (linear warm-up, then cosine to zero).
@@ -90,7 +90,7 @@ def _unpack(tree: Any, arrays: Any, prefix: str, path: Path) -> Any:
         key = f"{prefix}{i:05d}"
         if key not in arrays or arrays[key].shape != jnp.shape(leaf):
             raise ValueError(f"{path}: does not fit this network (at {key}); delete the file or use a new --workdir")
-        loaded.append(jnp.asarray(arrays[key], jnp.asarray(leaf).dtype))
+        loaded.append(jnp.asarray(arrays[key], leaf.dtype))
     return jax.tree.unflatten(structure, loaded)
 
 
@@ -99,11 +99,10 @@ def trained(stage: Stage, workdir: Path, seed: int) -> nnx.Module:
     path = workdir / stage.name / "checkpoint.npz"
     if not path.exists():
         raise ValueError(f"--stages: needs the stage {stage.name!r} first (no {path}); add it to --stages")
-    module = stage.init(nnx.Rngs(seed))
-    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    graphdef, params = nnx.split(nnx.eval_shape(lambda: stage.init(nnx.Rngs(seed))))
     with np.load(path) as arrays:
         params = _unpack(params, arrays, "ema" if stage.ema_decay else "params", path)
-    return nnx.merge(graphdef, params, rest)
+    return nnx.merge(graphdef, params)
 
 
 def finished(stage: Stage, workdir: Path, seed: int) -> bool:
@@ -196,8 +195,7 @@ def train(
         _check_signature(stage, record, seed)
     record.write_text(json.dumps(stage.signature(seed), indent=1))
 
-    graphdef, params, rest = nnx.split(stage.init(nnx.Rngs(seed)), nnx.Param, ...)
-    params = jax.tree.map(jnp.array, params)
+    graphdef, params = nnx.split(nnx.jit(lambda: stage.init(nnx.Rngs(seed)))())
     tx = optimizer(stage)
     state = {"params": params, "opt": tx.init(params)}
     if stage.ema_decay:
@@ -214,7 +212,7 @@ def train(
     @partial(jax.jit, donate_argnums=0)
     def one_step(state, step, batch):
         def objective(params):
-            return stage.loss(nnx.merge(graphdef, params, rest), batch, jax.random.fold_in(base_key, step))
+            return stage.loss(nnx.merge(graphdef, params), batch, jax.random.fold_in(base_key, step))
 
         (value, metrics), grads = jax.value_and_grad(objective, has_aux=True)(state["params"])
         updates, opt = tx.update(grads, state["opt"], state["params"])
@@ -226,7 +224,7 @@ def train(
         return new, {"loss": value, **metrics}
 
     def deliver() -> nnx.Module:  # a copy: the state's buffers are donated to the next step
-        return nnx.merge(graphdef, jax.tree.map(jnp.array, state["ema" if stage.ema_decay else "params"]), rest)
+        return nnx.merge(graphdef, jax.tree.map(jnp.array, state["ema" if stage.ema_decay else "params"]))
 
     progress = Progress(stage.name, step, stage.steps)
     saved = step

@@ -18,9 +18,7 @@ def flat_params(module: nnx.Module) -> Params:
     return {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(module))}
 
 
-def functional(
-    module: nnx.Module, trainable: Callable[[str], bool]
-) -> tuple[Callable[..., Array], Params, Params]:
+def functional(module: nnx.Module, trainable: Callable[[str], bool]) -> tuple[Callable[..., Array], Params, Params]:
     """Splits a module into a pure function and its parameters.
 
     Args:

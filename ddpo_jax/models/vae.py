@@ -190,7 +190,7 @@ class Decoder(nnx.Module):
         self.conv_norm_out = GroupNorm(groups, widths[-1], epsilon=_EPSILON, dtype=dtype)
         self.conv_out = Conv(widths[-1], config.out_channels, 3, padding=1, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
