@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -59,7 +60,7 @@ def minibatches(
             columns = steps.importance_subset(rng, chosen.weights * trained, count)
         else:
             columns = steps.uniform_subset(rng, batch_size, trained, count)
-        chosen = chosen.replace(mask=chosen.mask * mask[:, None])
+        chosen = dataclasses.replace(chosen, mask=chosen.mask * mask[:, None])
         yield minibatch(rng, chosen, columns, weighted=not importance, by_group=not traits.separable)
 
 

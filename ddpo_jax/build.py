@@ -19,7 +19,7 @@ from ddpo_jax import config as configs
 from ddpo_jax import find, sharding
 from ddpo_jax.diffusion import schedule
 from ddpo_jax.diffusion.policy import Policy
-from ddpo_jax.learner import Learner, NetworkFn, Objective, make_optimizer
+from ddpo_jax.learner import Learner, NetworkFn, Objective, TrainState, make_optimizer
 from ddpo_jax.models import lora, pipeline
 from ddpo_jax.models.functional import functional
 from ddpo_jax.prompts import make_prompts
@@ -27,6 +27,7 @@ from ddpo_jax.replay.buffer import Buffer
 from ddpo_jax.reward_runner import RewardRunner, make_reward
 from ddpo_jax.rollout import Collector
 from ddpo_jax.types import Params, Traits
+from ddpo_jax.value import ValueLearner
 
 
 @dataclasses.dataclass
@@ -53,28 +54,46 @@ class Parts:
     reward: RewardRunner
     mesh: Mesh
     uncond: jax.Array
+    value: ValueLearner | None  # where the algorithm has a value network
+
+    def init(self) -> TrainState:
+        """The state before the first update."""
+        state = self.learner.init(self.model.params)
+        return state if self.value is None else state.replace(value=self.value.init())
 
 
 def load_model(config: ConfigDict) -> Model:
     """Loads ``config.model`` and splits its UNet by what ``config.train`` trains."""
     dtype = jnp.dtype(config.dtype)
     revision, on_host = config.revision or None, config.frozen_on_host
-    pipe = pipeline.load(config.model, dtype=dtype, revision=revision, frozen_on_host=on_host)
+    return split_model(config, pipeline.load(config.model, dtype=dtype, revision=revision, frozen_on_host=on_host))
+
+
+def split_model(config: ConfigDict, pipe: pipeline.Pipeline) -> Model:
+    """The UNet of ``pipe``, which may hold shapes in place of arrays, split by what ``config.train`` trains."""
+    dtype = jnp.dtype(config.dtype)
     pipe.unet.attention = config.attention
     pipe.unet.remat = "block" if config.train.remat == "on" else "none"
-    if config.train.lora_rank:
-        lora.add(pipe.unet, config.train.lora_rank, config.train.lora_targets, nnx.Rngs(config.seed))
-        network, params, frozen = functional(pipe.unet, lora.is_lora)
-        frozen = {name: x.astype(dtype) for name, x in frozen.items()}
-        reference = {name: jnp.zeros_like(x) for name, x in params.items()}  # the adapter off
-    else:
-        network, params, frozen = functional(pipe.unet, lambda name: True)
-        reference = {name: x.astype(dtype) for name, x in params.items()}
+    rank = config.train.lora_rank
+    if rank:
+        lora.add(pipe.unet, rank, config.train.lora_targets, nnx.Rngs(config.seed))
+    network, params, frozen = functional(pipe.unet, lora.is_lora if rank else lambda name: True)
+
+    def convert(params: Params, frozen: Params) -> tuple[Params, Params]:
+        off = {name: jnp.zeros_like(x) if rank else x.astype(dtype) for name, x in params.items()}  # adapters off
+        return {name: x.astype(dtype) for name, x in frozen.items()}, off
+
+    shapes_only = any(isinstance(x, jax.ShapeDtypeStruct) for x in {**params, **frozen}.values())
+    frozen, reference = jax.eval_shape(convert, params, frozen) if shapes_only else convert(params, frozen)
     return Model(pipe, network, params, frozen, reference)
 
 
-def build(config: ConfigDict) -> Parts:
+def build(config: ConfigDict, model: Model | None = None) -> Parts:
     """Builds a run from a resolved, valid config.
+
+    Args:
+      config: ``train.clip_range`` is filled in if it is None.
+      model: what to train; None loads ``config.model``.
 
     Raises:
       ValueError: a model, weight or option that cannot be had, in one line each.
@@ -86,13 +105,12 @@ def build(config: ConfigDict) -> Parts:
     weighting = find.find("weighting", config.weighting.name)
     traits = algorithm.traits(config.algorithm)
 
-    model = load_model(config)
+    model = load_model(config) if model is None else model
     pipe = model.pipeline
     num_dims = int(np.prod(pipe.latent_shape))
     if config.train.clip_range is None:
         config.train.clip_range = configs.default_clip_range(num_dims)
     policy = Policy(
-        network=model.network,
         schedule=schedule.make(pipe.scheduler_config, config.sample.num_steps, config.sample.eta),
         guidance_scale=config.sample.guidance_scale,
         stop_uncond_gradient=config.train.stop_uncond_gradient,
@@ -109,6 +127,17 @@ def build(config: ConfigDict) -> Parts:
         config.train.microbatch_size,
         config.train.ema_decay,
     )
+    value = None
+    if traits.value_updates:
+        value = ValueLearner(
+            functools.partial(algorithm.value_loss, config=config.algorithm),
+            policy.schedule.timesteps,
+            pipe.latent_shape[-1],
+            pipe.unet.config.cross_attention_dim,
+            traits.value_learning_rate,
+            mesh,
+            config.seed,
+        )
     runner = RewardRunner(reward, name=config.reward.name)
     collector = Collector(
         policy,
@@ -132,7 +161,7 @@ def build(config: ConfigDict) -> Parts:
     model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh)
     model.frozen = sharding.put_params(model.frozen, mesh)
     uncond = sharding.replicate(jnp.asarray(pipe.embed([""])[0]), mesh)
-    return Parts(algorithm, traits, model, learner, collector, replay, runner, mesh, uncond)
+    return Parts(algorithm, traits, model, learner, collector, replay, runner, mesh, uncond, value)
 
 
 def describe(parts: Parts, config: ConfigDict) -> str:

@@ -26,17 +26,20 @@ class Checkpointer:
       workdir: folder of the run; checkpoints go to ``workdir/checkpoints``.
       every: epochs between saves.
       keep: how many of the newest to keep. The best by mean reward is kept as well.
+      read_only: leave the folder as it is (a run may be writing there) and refuse to save.
 
     Raises:
       ValueError: ``workdir/checkpoints`` cannot be a folder of checkpoints, or ``every`` or ``keep`` is below 1.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], every: int = 1, keep: int = 2):
+    def __init__(self, workdir: str | os.PathLike[str], every: int = 1, keep: int = 2, read_only: bool = False):
         for key, value in (("checkpoint.every", every), ("checkpoint.keep", keep)):
             if value < 1:
                 raise ValueError(f"{key}: received {value}; expected an integer of at least 1")
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self._every = every
+        if read_only and not self.folder.is_dir():
+            raise ValueError(f"checkpoints: no folder {self.folder}; give the --workdir of a run that has saved")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -46,8 +49,10 @@ class Checkpointer:
                 [policies.LatestN(keep), policies.BestN(get_metric_fn=_reward, n=1)]
             ),
             best_fn=_reward,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not read_only,
             enable_async_checkpointing=True,
+            read_only=read_only,
+            create=not read_only,
         )
         self._manager = ocp.CheckpointManager(
             self.folder,
@@ -126,6 +131,37 @@ class Checkpointer:
         values |= {name: np.zeros(*stored_shapes[name]) for name in empty}
         leaves = [_from_stored(values[name], leaf) for name, leaf in wanted.items()]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
+
+    def read(self, epoch: int, prefix: str) -> dict[str, np.ndarray]:
+        """Some arrays of one checkpoint, by name, whatever else it holds and whichever devices wrote it.
+
+        Args:
+          epoch: of the checkpoint.
+          prefix: path of a subtree, such as ``state/params``; left out of the names.
+
+        Returns:
+          Host arrays by the rest of their path; empty if there are none.
+
+        Raises:
+          ValueError: no such checkpoint, or it is damaged.
+        """
+        self.wait()
+        if epoch not in self._manager.all_steps():
+            raise ValueError(f"checkpoints: no epoch {epoch} in {self.folder}; there are: {self.epochs()}")
+        try:
+            stored = dict(self._manager.item_metadata(epoch)["arrays"].tree)
+            names = [name for name in stored if name.startswith(f"{prefix}/")]
+            if not names:
+                return {}
+            arguments = ocp.args.PyTreeRestore(
+                dict.fromkeys(names, 0),
+                restore_args=dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray)),
+                partial_restore=True,
+            )
+            values = self._manager.restore(epoch, args=ocp.args.Composite(arrays=arguments))["arrays"]
+        except Exception as error:  # orbax raises many kinds for a folder that is not what it wrote
+            raise ValueError(_damaged(self.folder / str(epoch), error)) from error
+        return {name[len(prefix) + 1 :]: values[name] for name in names}
 
     def epochs(self) -> list[int]:
         """The complete checkpoints, ascending."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from typing import Any
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from ddpo_jax import batching, sharding
 from ddpo_jax.build import Parts
 from ddpo_jax.errors import RunFailure
-from ddpo_jax.learner import TrainState
+from ddpo_jax.learner import Minibatch, TrainState
 from ddpo_jax.ops.advantages import PromptStats
 from ddpo_jax.rollout import Rollout, generator
 from ddpo_jax.types import Params, Samples, Traits
@@ -27,7 +28,7 @@ def refresh(state: TrainState, traits: Traits, epoch: int) -> tuple[TrainState, 
     if traits.refresh_every == 1:
         return state, state.params
     if traits.refresh_every and epoch % traits.refresh_every == 0:
-        state = state.replace(behaviour=jax.tree.map(jnp.copy, state.params))
+        state = dataclasses.replace(state, behaviour=jax.tree.map(jnp.copy, state.params))
     return state, state.behaviour
 
 
@@ -50,10 +51,12 @@ def update(
     )
     if parts.traits.standardized:
         advantages = np.clip(advantages, -options.adv_clip_max, options.adv_clip_max)
-    samples = samples.replace(advantages=advantages.astype(np.float32))
+    samples = dataclasses.replace(samples, advantages=advantages.astype(np.float32))
     rng, trained = generator(config.seed, epoch, _SHUFFLE), parts.collector.trained_steps
     if options.recompute_log_prob == "on":
-        samples = samples.replace(log_prob=recompute(parts, state, samples, rng, options.batch_size, trained))
+        samples = dataclasses.replace(
+            samples, log_prob=recompute(parts, state, samples, rng, options.batch_size, trained)
+        )
     log: list[dict[str, jax.Array]] = []
 
     def train_on(state: TrainState, samples: Samples, batch_size: int) -> TrainState:
@@ -67,13 +70,15 @@ def update(
             step_sampling=options.step_sampling,
         ):
             batch = sharding.put_batch(batch, parts.mesh)
+            state, batch, fitted = fit_value(parts, state, batch)
             state, out = parts.learner.update(state, parts.model.reference, parts.model.frozen, parts.uncond, batch)
-            log.append(out)
+            log.append(out | fitted)
         return state
 
-    kept = parts.algorithm.select(advantages, samples.group_ids, config.algorithm) if parts.traits.branching else None
+    if parts.traits.branching:  # what the algorithm drops is not replayed either
+        samples = samples[parts.algorithm.select(advantages, samples.group_ids, config.algorithm)]
     for _ in range(options.num_inner_epochs):
-        state = train_on(state, samples if kept is None else samples[kept], options.batch_size)
+        state = train_on(state, samples, options.batch_size)
     replayed = parts.replay.retrieve(samples, epoch, rng)
     if replayed is not None:
         state = train_on(state, replayed, len(replayed))
@@ -81,13 +86,24 @@ def update(
     values = jax.device_get(log)
     if not all(np.isfinite(list(out.values())).all() for out in values):
         raise RunFailure(f"epoch {epoch}: the loss or its gradient is not finite; lower train.learning_rate")
-    row = {f"train/{key}": float(np.mean([out[key] for out in values])) for key in values[0]}
-    if "ratio_deviation" in values[0]:
-        row["train/ratio_first_update_deviation"] = float(values[0]["ratio_deviation"])
+    first = values[0] if values else {}  # nothing where the algorithm kept no sample
+    row = {f"train/{key}": float(np.mean([out[key] for out in values])) for key in first}
+    if "ratio_deviation" in first:
+        row["train/ratio_first_update_deviation"] = float(first["ratio_deviation"])
     row |= describe_rewards(rollout) | {"train/advantage_abs": float(np.abs(advantages).mean())}
     row |= {"replay/samples": 0 if replayed is None else len(replayed), "replay/bytes": parts.replay.nbytes}
     row |= {"time/rollout_s": rollout.rollout_s, "time/reward_s": rollout.reward_s}
     return state, row | {"time/update_s": time.perf_counter() - start}
+
+
+def fit_value(parts: Parts, state: TrainState, batch: Minibatch) -> tuple[TrainState, Minibatch, dict[str, jax.Array]]:
+    """Updates the value network, where there is one, and gives the minibatch its predictions."""
+    if parts.value is None:
+        return state, batch, {}
+    value, metrics = state.value, {}
+    for _ in range(parts.traits.value_updates):
+        value, metrics = parts.value.update(value, batch)
+    return dataclasses.replace(state, value=value), batch.replace(values=parts.value.predict(value, batch)), metrics
 
 
 def describe_rewards(rollout: Rollout) -> dict[str, float]:

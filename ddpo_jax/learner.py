@@ -26,7 +26,7 @@ from ddpo_jax.diffusion import ddim
 from ddpo_jax.diffusion.policy import Policy
 from ddpo_jax.ops import gaussian, masked
 from ddpo_jax.ops.running import Max, Mean
-from ddpo_jax.types import Batch, Params, StepTerms, Traits
+from ddpo_jax.types import AnyArray, Batch, Params, StepTerms, Traits
 
 NetworkFn = Callable[[Params, Params, Array, Array, Array], Array]  # (trained, frozen, latents, timesteps, context)
 
@@ -43,23 +43,24 @@ class TrainState:
     ema: Params  # exponential moving average of params; empty when it is off
     behaviour: Params  # what samples, where that is not always params (Traits.refresh_every); else empty
     step: Int[Array, ""]  # updates done
+    value: Any = struct.field(default_factory=dict)  # value.ValueState where the algorithm has a value network
 
 
 @struct.dataclass
 class Minibatch:
     """The samples of one update, with the (sample, step) pairs to train. Leading axis N everywhere."""
 
-    latents: Float[Array, "N T1 h w c"]
-    context: Float[Array, "N L D"]
-    old_log_prob: Float[Array, "N T"]
-    advantages: Float[Array, " N"]
-    rewards: Float[Array, " N"]
-    prompt_ids: Int[Array, " N"]
-    steps: Int[Array, "N S"]  # the trained steps of each sample
-    step_weight: Float[Array, "N S"]  # timestep weight of each, mean 1 over a trajectory
-    mask: Float[Array, "N S"]  # 0 where a pair is padding
-    seeds: Int[Array, " N"]  # of the random timesteps and noise of denoise_mse
-    values: Float[Array, "N S"] | None  # a value network's predictions, where the algorithm has one
+    latents: Float[AnyArray, "N T1 h w c"]
+    context: Float[AnyArray, "N L D"]
+    old_log_prob: Float[AnyArray, "N T"]
+    advantages: Float[AnyArray, " N"]
+    rewards: Float[AnyArray, " N"]
+    prompt_ids: Int[AnyArray, " N"]
+    steps: Int[AnyArray, "N S"]  # the trained steps of each sample
+    step_weight: Float[AnyArray, "N S"]  # timestep weight of each, mean 1 over a trajectory
+    mask: Float[AnyArray, "N S"]  # 0 where a pair is padding
+    seeds: Int[AnyArray, " N"]  # of the random timesteps and noise of denoise_mse
+    values: Float[AnyArray, "N S"] | None  # a value network's predictions, where the algorithm has one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,19 @@ class Objective:
     traits: Traits
     loss: Callable[[StepTerms, Batch], Array]
     clip_range: float
+
+
+def algorithm_batch(batch: Minibatch, clip_range: float) -> Batch:
+    """The algorithm's view of a minibatch."""
+    return Batch(
+        old_log_prob=jnp.take_along_axis(batch.old_log_prob, batch.steps, axis=1),
+        advantages=batch.advantages,
+        rewards=batch.rewards,
+        prompt_ids=batch.prompt_ids,
+        mask=batch.mask,
+        clip_range=clip_range,
+        num_dims=batch.latents[0, 0].size,
+    )
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
@@ -137,7 +151,7 @@ class Learner:
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - self._ema_decay) if self._ema_decay else state.ema
         metrics |= {"grad_norm": optax.global_norm(grads)}
-        return state.replace(params=params, opt_state=opt_state, ema=ema, step=state.step + 1), metrics
+        return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema, step=state.step + 1), metrics
 
     def _log_prob(
         self, params: Params, reference: Params, frozen: Params, uncond: Array, batch: Minibatch
@@ -179,7 +193,7 @@ class Learner:
         traits = self._objective.traits
         weight = batch.step_weight
         pairs = jnp.maximum(jax.lax.psum(batch.mask.sum(), sharding.BATCH_AXES), 1)
-        data = self._data(batch)
+        data = algorithm_batch(batch, self._objective.clip_range)
 
         def terms_of(params: Params, rows: Array, column: Array) -> StepTerms:
             return self._terms(params, reference, frozen, uncond, batch, rows, column)
@@ -226,19 +240,6 @@ class Learner:
         start = jax.lax.axis_index(axes) * data.mask.shape[0]
         return loss, jax.tree.map(lambda c: jax.lax.dynamic_slice_in_dim(c, start, data.mask.shape[0]), coefficients)
 
-    def _data(self, batch: Minibatch) -> Batch:
-        """The algorithm's view of a minibatch."""
-        pick = partial(jnp.take_along_axis, indices=batch.steps, axis=1)
-        return Batch(
-            old_log_prob=pick(batch.old_log_prob),
-            advantages=batch.advantages,
-            rewards=batch.rewards,
-            prompt_ids=batch.prompt_ids,
-            mask=batch.mask,
-            clip_range=self._objective.clip_range,
-            num_dims=batch.latents[0, 0].size,
-        )
-
     def _terms(
         self,
         params: Params,
@@ -251,7 +252,7 @@ class Learner:
     ) -> StepTerms:
         """The terms the algorithm asks for, of one trained step of M samples: each [M, 1]."""
         wanted = self._objective.traits.terms
-        policy = dataclasses.replace(self._policy, network=lambda p, *inputs: self._network(p, frozen, *inputs))
+        policy = self._policy.bind(self._network, frozen)
         steps, context = batch.steps[rows, column], batch.context[rows]
         latents, next_latents = batch.latents[rows, steps], batch.latents[rows, steps + 1]
         out: dict[str, Array] = {}

@@ -230,8 +230,8 @@ def _is_ours(file: str) -> bool:
     return errors.PACKAGE in pathlib.Path(file).resolve().parents
 
 
-def make_workdir(workdir: pathlib.Path) -> None:
-    """Creates the folder of the run if need be, and makes sure that files can be written there.
+def make_workdir(workdir: pathlib.Path, flag: str = "--workdir") -> None:
+    """Creates the folder that ``flag`` names if need be, and makes sure that files can be written there.
 
     Raises:
       ValueError: they cannot.
@@ -243,7 +243,7 @@ def make_workdir(workdir: pathlib.Path) -> None:
     except OSError as error:
         why = "it is a file" if workdir.is_file() else error.strerror
         raise ValueError(
-            f"--workdir: received '{workdir}'; cannot write there: {why}; give a folder you can write"
+            f"{flag}: received '{workdir}'; cannot write there: {why}; give a folder you can write"
         ) from error
 
 

@@ -98,7 +98,7 @@ class Collector:
             roots: Array,
             branch: Array,
         ) -> tuple[Trajectory, Array]:
-            bound = dataclasses.replace(policy, network=lambda p, *inputs: network(p, frozen, *inputs))
+            bound = policy.bind(network, frozen)
             base = jax.random.fold_in(jax.random.key(seed), epoch)
             keys, root_keys = [jax.vmap(lambda i: jax.random.fold_in(base, i))(x) for x in (ids, roots)]
             trajectory = sampler.sample(bound, params, keys, context, uncond, latent_shape, root_keys, branch)
@@ -120,7 +120,7 @@ class Collector:
                 check_vma=False,  # the scan's carry starts replicated and becomes per-device
             )(params, frozen, uncond, *data)
 
-        self._sample = jax.jit(program)
+        self.sample = jax.jit(program)
 
     def collect(
         self, epoch: int, params: Params, frozen: Params, uncond: Float[Array, "L D"], branch_step: int = 0
@@ -145,33 +145,32 @@ class Collector:
             described = [entry for entry in metadata for _ in range(self._k)]
             ids = np.arange(self._batch_size, dtype=np.int32) + batch * self._batch_size
             roots = ids // self._k * self._k if branch_step or self._shared_noise else ids
-            context, ids, roots = sharding.put_batch((self._embed(names), ids, roots), self._mesh)
-            trajectory, weights = self._sample(
-                params, frozen, uncond, context, np.int32(epoch), ids, roots, np.int32(branch_step)
+            context, on_device, root_ids = sharding.put_batch((self._embed(names), ids, roots), self._mesh)
+            trajectory, weights = self.sample(
+                params, frozen, uncond, context, np.int32(epoch), on_device, root_ids, np.int32(branch_step)
             )
             images = self._decode(trajectory.latents[:, -1])
             pending.append((self._reward.submit(images, names, described), trajectory, weights, images))
             prompts += names
-        images = np.concatenate([np.asarray(entry[3]) for entry in pending])
+        shown = np.concatenate([np.asarray(entry[3]) for entry in pending])
         sampled = time.perf_counter()
         scores = [entry[0].result() for entry in pending]
         scored = time.perf_counter()
         trajectories, weights = jax.device_get(([entry[1] for entry in pending], [entry[2] for entry in pending]))
         n = len(prompts)
+        trained = self.trained_steps & (np.arange(len(self.trained_steps)) >= branch_step)
         samples = Samples(
             latents=np.concatenate([t.latents for t in trajectories]),
             log_prob=np.concatenate([t.log_prob for t in trajectories]),
-            weights=steps.normalise(np.concatenate(weights), self.trained_steps),
-            mask=np.tile((np.arange(len(self.trained_steps)) >= branch_step) & self.trained_steps, (n, 1)).astype(
-                np.float32
-            ),
+            weights=steps.normalise(np.concatenate(weights), trained),
+            mask=np.tile(trained.astype(np.float32), (n, 1)),
             context=self._embed(prompts),
             prompt_ids=np.asarray([prompt_id(p) for p in prompts], np.int64),
             group_ids=(np.int64(epoch) << 32) + np.arange(n) // self._k,
             rewards=np.concatenate([score for score, _ in scores]).astype(np.float32),
             advantages=np.zeros(n, np.float32),
         )
-        names = dict.fromkeys(name for _, parts in scores for name in parts)
+        part_names = dict.fromkeys(name for _, parts in scores for name in parts)
         nothing = np.full(self._batch_size, np.nan, np.float32)
-        parts = {name: np.concatenate([p.get(name, nothing) for _, p in scores]) for name in names}
-        return Rollout(samples, prompts, images, parts, sampled - start, scored - sampled)
+        parts = {name: np.concatenate([p.get(name, nothing) for _, p in scores]) for name in part_names}
+        return Rollout(samples, prompts, shown, parts, sampled - start, scored - sampled)

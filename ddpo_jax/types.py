@@ -14,6 +14,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+AnyArray = Array | np.ndarray  # on a device or on the host
 Params = dict[str, Array]  # network parameters by dotted name
 TERMS = ("log_prob", "ref_log_prob", "kl", "noise_mse", "denoise_mse", "value")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ddpo_jax import find
 from ddpo_jax.config import traits
 from ddpo_jax.keys import get
 
@@ -100,6 +101,11 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     if not broken & {"sample.num_steps", "train.timestep_fraction"}:
         faults += _steps(config)
     faults += _algorithm(config)
+    if not broken & {"sample.num_steps"}:
+        faults += _weighting(config)
+    if not broken & {"sample.batch_size", "sample.num_batches_per_epoch", "prompts.samples_per_prompt",
+                     "replay.k", "replay.history"}:  # fmt: skip
+        faults += _replay(config, num_devices)
     faults += _model(config)
     if faults:
         raise ValueError("\n".join(faults))
@@ -187,6 +193,40 @@ def _algorithm(config: ConfigDict) -> Iterator[str]:
         yield (
             f"train.timestep_fraction: received {train.timestep_fraction!r}; the loss of algorithm {name!r} couples "
             "all steps of a trajectory; use train.timestep_fraction=1.0"
+        )
+
+
+def _weighting(config: ConfigDict) -> Iterator[str]:
+    check = getattr(find.find("weighting", config.weighting.name), "check", None)
+    if check is not None:
+        try:
+            check(config.weighting, config.sample.num_steps)
+        except ValueError as error:
+            yield str(error)
+
+
+def _replay(config: ConfigDict, num_devices: int) -> Iterator[str]:
+    source = getattr(find.find("replay", config.replay.name), "SOURCE", None)
+    if source == "nothing":
+        return
+    k, group = config.replay.k, config.prompts.samples_per_prompt
+    wanted = f"{k} x {num_devices} devices = {k * num_devices} images" if num_devices > 1 else f"{k} images"
+    images = config.sample.batch_size * config.sample.num_batches_per_epoch
+    there = images * (config.replay.history if source == "past" else 1)
+    if k * num_devices > there:
+        yield (
+            f"replay.k: received {k}; {wanted} are more than the {there} that replay {config.replay.name!r} chooses "
+            f"from; use {max(there // num_devices, 1)} or fewer"
+        )
+    try:
+        whole_groups = traits(config).group
+    except ValueError:  # reported by _algorithm
+        return
+    if whole_groups and k * num_devices % group:
+        unit = group // math.gcd(group, num_devices)
+        yield (
+            f"replay.k: received {k}; algorithm {config.algorithm.name!r} needs whole groups of "
+            f"prompts.samples_per_prompt={group} images, and {wanted} do not come out in such; use {_multiple(k, unit)}"
         )
 
 

@@ -141,14 +141,23 @@ def _read_one(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def write_safetensors(path: PathLike, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes one file, marked as PyTorch-compatible (what diffusers and transformers ask for); replaces it at once."""
+def write_safetensors(
+    path: PathLike, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes one file, marked as PyTorch-compatible (what diffusers and transformers ask for); replaces it at once.
+
+    Args:
+      path: of the file; folders are made.
+      tensors: by name.
+      metadata: further texts for the file's header.
+    """
     from safetensors.numpy import save_file
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, partial, {"format": "pt"})
+    header = {"format": "pt", **(metadata or {})}
+    save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, partial, header)
     os.replace(partial, path)
 
 

@@ -47,7 +47,7 @@ def save(
 
 def restore(saver: checkpoint.Checkpointer, parts: Parts, stats: PromptStats) -> tuple[TrainState, int]:
     """``(state, finished epochs)`` of the latest checkpoint, or the initial state and 0."""
-    state = parts.learner.init(parts.model.params)
+    state = parts.init()
     found = saver.restore(saved_arrays(parts, state, stats))
     if found is None:
         return state, 0

@@ -16,15 +16,17 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 LAYERS = [
     {"types"},
     {"ops", "weights", "sharding", "find", "errors", "keys", "grid"},
+    {"cli"},
     {"diffusion", "models", "checkpoint", "metrics"},
     {"mini"},
     {"algorithms", "weighting", "replay", "rewards", "prompts"},
     {"learner", "config", "reward_runner"},
-    {"batching", "rollout", "validate"},
+    {"batching", "rollout", "validate", "value"},
     {"build"},
-    {"epoch", "workdir", "value"},
-    {"train"},
-    {"main", "benchmark", "sample", "evaluate", "export", "compare", "measure", "sweep"},
+    {"epoch", "workdir", "trained", "random_model"},
+    {"train", "capacity"},
+    {"main", "benchmark", "sample", "evaluate", "export", "compare", "sweep"},
+    {"measure"},  # takes a config as main does
 ]
 LAYER = {room: number for number, layer in enumerate(LAYERS) for room in layer}
 # Rooms that may import less than their layer allows: this, and nothing else of the package.

@@ -21,16 +21,21 @@ class Policy:
     """Network, guidance and schedule.
 
     Attributes:
-      network: ``(params, latents [B,h,w,c], timesteps [B], context [B,L,D]) -> [B,h,w,c]``.
+      network: ``(params, latents [B,h,w,c], timesteps [B], context [B,L,D]) -> [B,h,w,c]``; the sampler's and the
+        learner's callers put it in with the frozen parameters bound (``bind``).
       schedule: the denoising steps.
       guidance_scale: of classifier-free guidance; 1 turns it off.
       stop_uncond_gradient: no gradient through the unconditional branch.
     """
 
-    network: Callable[[Params, Array, Array, Array], Array]
     schedule: Schedule
     guidance_scale: float
     stop_uncond_gradient: bool = False
+    network: Callable[[Params, Array, Array, Array], Array] | None = None
+
+    def bind(self, network: Callable[[Params, Params, Array, Array, Array], Array], frozen: Params) -> Policy:
+        """This policy with a network ``(trained, frozen, latents, timesteps, context)`` whose frozen part is given."""
+        return dataclasses.replace(self, network=lambda params, *inputs: network(params, frozen, *inputs))
 
     def model_output(
         self,
@@ -41,9 +46,12 @@ class Policy:
         uncond: Float[Array, "L D"],
     ) -> Float[Array, "B h w c"]:
         """The guided network output in float32."""
+        bound = self.network
+        if bound is None:
+            raise ValueError("policy: it has no network; call bind(network, frozen) first")
 
         def network(*inputs: Array) -> Array:
-            return self.network(params, *inputs)
+            return bound(params, *inputs)
 
         return guided(network, latents, timesteps, context, uncond, self.guidance_scale, self.stop_uncond_gradient)
 

@@ -48,7 +48,9 @@ def sample(
         mean, std, _ = policy.step(params, latents, steps, context, uncond)
         step_keys = jnp.where(index < branch_step, fold(roots, index), fold(keys, index))
         next_latents = mean + std[:, None, None, None] * per_sample_normal(step_keys, latent_shape)
-        return next_latents, (next_latents, gaussian.log_prob(next_latents, mean, std))
+        noisy = std > 0
+        log_prob = gaussian.log_prob(next_latents, mean, jnp.where(noisy, std, 1.0))
+        return next_latents, (next_latents, jnp.where(noisy, log_prob, 0.0))
 
     _, (path, log_prob) = jax.lax.scan(denoise, initial, jnp.arange(policy.schedule.num_steps))
     latents = jnp.concatenate([initial[None], path]).swapaxes(0, 1)

@@ -46,6 +46,7 @@ def make(config: Mapping[str, Any], num_steps: int, eta: float) -> Schedule:
     Raises:
       ValueError: for an option of the config that is not supported, or ``num_steps`` out of range.
     """
+    kind = config.get("_class_name")  # classes differ in what a key that is left out means
     options = {
         "num_train_timesteps": 1000,
         "beta_start": 0.0001,
@@ -54,9 +55,9 @@ def make(config: Mapping[str, Any], num_steps: int, eta: float) -> Schedule:
         "prediction_type": "epsilon",
         "timestep_spacing": "leading",
         "steps_offset": 0,
-        "set_alpha_to_one": True,
+        "set_alpha_to_one": kind != "PNDMScheduler",
         "trained_betas": None,
-        "clip_sample": False,
+        "clip_sample": kind in ("DDIMScheduler", "DDPMScheduler"),
         "thresholding": False,
         "rescale_betas_zero_snr": False,
     } | dict(config)
@@ -113,7 +114,8 @@ def _timesteps(num_steps: int, train_steps: int, spacing: str, offset: int) -> n
     if spacing == "leading":
         steps = np.arange(num_steps)[::-1] * (train_steps // num_steps) + offset
     elif spacing == "trailing":
-        steps = np.round(np.arange(train_steps, 0, -train_steps / num_steps)).astype(np.int64) - 1
+        # the slice: for 62 values of num_steps, rounding gives arange one step too many, timestep -1
+        steps = np.round(np.arange(train_steps, 0, -train_steps / num_steps)[:num_steps]) - 1
     else:
         steps = np.round(np.linspace(0, train_steps - 1, num_steps))[::-1]
     steps = steps.astype(np.int64)

@@ -15,16 +15,14 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from ddpo_jax.mini import assemble, grammar, quality, world
+from ddpo_jax.mini import assemble, quality, world
 from ddpo_jax.mini.sizes import SCALES
 from ddpo_jax.mini.stages import STAGES, Context
 from ddpo_jax.mini.training import Stage, finished, stream, train
-from ddpo_jax.models.pipeline import Pipeline
 
 ORDER = ("tokenizer", "verifier", "clip", "aesthetic", "vae", "unet", "assemble", "quality")
 NEEDS = {"aesthetic": ("clip",), "unet": ("clip", "vae")}
 ASSETS = Path(__file__).parent / "assets"
-PICTURE_PROMPTS = 24
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,7 +70,6 @@ def run(workdir: Path, assets: Path, stages: str, scale: str, seed: int) -> None
         elif name == "quality":
             table = quality.measure(assets, seed, context.sizes.evaluate, _log)
             quality.write(table, assets)
-            _pictures(context, None, assets / "samples.png", "quality: samples of the miniature")
             _log(quality.markdown(table))
         else:
             _train(context, STAGES[name](context))
@@ -96,51 +93,51 @@ def _train(context: Context, stage: Stage) -> None:
     _log(f"{stage.name}: trained in {(time.monotonic() - begun) / 60:.1f} min")
 
 
-def _every(context: Context, stage: str, count: int) -> int:
-    """Steps between two pictures, so that there are about ``count`` of them."""
-    return max(1, getattr(context.sizes, stage).steps // count)
+def _pictures(context: Context, stage: str, count: int = 5) -> Callable[[int], Path | None]:
+    """Says where the picture of a step goes; None for all but about ``count`` checkpoints of a training."""
+    interval = max(1, getattr(context.sizes, stage).steps // count)
+    due = [0]
+
+    def path(step: int) -> Path | None:
+        if step < due[0]:
+            return None
+        due[0] = step + interval
+        return context.workdir / "pictures" / f"{stage}_{step:05d}.png"
+
+    return path
 
 
 def _vae_watch(context: Context) -> Callable[[nnx.Module, int], None]:
-    """Pictures and their reconstructions, at every fifth of the training."""
-    images = world.render_all(world.sample_scenes(stream(context.seed, "watch", 0), 12))
-    seen = [-1]
+    """Pictures beside their reconstructions."""
+    images, where = (
+        world.render_all(world.sample_scenes(stream(context.seed, "watch", 0), 12)),
+        _pictures(context, "vae"),
+    )
 
     def watch(vae: nnx.Module, step: int) -> None:
-        if step // _every(context, "vae", 5) == seen[0] // _every(context, "vae", 5):
-            return
-        seen[0] = step
-        pixels = images.astype(np.float32) / 127.5 - 1
-        rebuilt = np.asarray(nnx.jit(lambda vae, x: vae.decode(vae.encode(x)[0]))(vae, pixels))
-        rebuilt = np.round(255 * np.clip(rebuilt / 2 + 0.5, 0, 1)).astype(np.uint8)
-        both = np.stack([images, rebuilt], axis=1).reshape(-1, *images.shape[1:])
-        captions = ["picture", "rebuilt"] * len(images)
-        quality.sheet(both, captions, context.workdir / "pictures" / f"vae_{step:05d}.png", f"vae, step {step}")
+        if path := where(step):
+            pixels = images.astype(np.float32) / 127.5 - 1
+            rebuilt = np.asarray(nnx.jit(lambda vae, x: vae.decode(vae.encode(x)[0]))(vae, pixels))
+            rebuilt = np.round(255 * np.clip(rebuilt / 2 + 0.5, 0, 1)).astype(np.uint8)
+            both = np.stack([images, rebuilt], axis=1).reshape(-1, *images.shape[1:])
+            quality.sheet(both, ["picture", "rebuilt"] * len(images), path, f"vae, step {step}")
 
     return watch
 
 
 def _unet_watch(context: Context) -> Callable[[nnx.Module, int], None]:
-    """Samples of the averaged UNet, at every fifth of the training."""
-    seen = [-1]
+    """Samples of the averaged UNet."""
+    where = _pictures(context, "unet")
 
     def watch(unet: nnx.Module, step: int) -> None:
-        if step // _every(context, "unet", 5) == seen[0] // _every(context, "unet", 5):
-            return
-        seen[0] = step
-        _pictures(context, unet, context.workdir / "pictures" / f"unet_{step:05d}.png", f"unet, step {step}")
+        if path := where(step):
+            pipe = assemble.make_pipeline(context)
+            pipe.unet = unet
+            prompts = quality.pictured_prompts()
+            images = quality.Sampler(pipe, guidance=quality.GUIDANCES[-1])(prompts, context.seed)
+            quality.sheet(images, prompts, path, f"unet, step {step}")
 
     return watch
-
-
-def _pictures(context: Context, unet: nnx.Module | None, path: Path, title: str) -> None:
-    """A contact sheet of samples, three of each kind of training prompt."""
-    pipe: Pipeline = assemble.make_pipeline(context)
-    if unet is not None:
-        pipe.unet = unet
-    prompts = grammar.training_prompts()
-    chosen = [prompts[i * len(prompts) // PICTURE_PROMPTS] for i in range(PICTURE_PROMPTS)]
-    quality.sheet(quality.sample(pipe, chosen, context.seed), chosen, path, title)
 
 
 if __name__ == "__main__":

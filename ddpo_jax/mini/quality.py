@@ -30,41 +30,40 @@ from ddpo_jax.models.clip import CLIP, CLIPConfig, normalize
 from ddpo_jax.models.pipeline import Pipeline
 from ddpo_jax.models.tokenizer import Tokenizer
 
-STEPS, GUIDANCE = 20, 4.0
-MANY = 128  # pictures sampled or encoded at once
+STEPS = 20
+GUIDANCES = (3.0, 5.0)
+MANY = 64  # pictures sampled or encoded at once
 
 
-def sample(
-    pipe: Pipeline,
-    prompts: Sequence[str],
-    seed: int,
-    *,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    eta: float = 1.0,
-) -> UInt8[np.ndarray, "N H W 3"]:
-    """Pictures for the prompts, by the sampler that reinforcement learning uses."""
-    graphdef, params = nnx.split(pipe.unet)
+class Sampler:
+    """Pictures for prompts, by the sampler that reinforcement learning uses; compiled once."""
 
-    def network(params: Any, *inputs: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, params)(*inputs)
+    def __init__(self, pipe: Pipeline, *, guidance: float, steps: int = STEPS, eta: float = 1.0):
+        graphdef, self._params = nnx.split(pipe.unet)
+        self._pipe = pipe
 
-    policy = Policy(network, schedule.make(pipe.scheduler_config, steps, eta), guidance)
-    denoise = jax.jit(
-        lambda params, keys, context, uncond: sampler.sample(
-            policy, params, keys, context, uncond, pipe.latent_shape
-        ).latents[:, -1]
-    )
-    uncond = pipe.embed([""])[0]
-    rng_keys = jax.random.split(jax.random.key(seed), -(-len(prompts) // MANY) * MANY)
-    images = []
-    for start in range(0, len(prompts), MANY):
-        chunk = list(prompts[start : start + MANY])
-        size = len(chunk) if start == 0 else MANY  # one compiled size
-        context = pipe.embed(chunk + [""] * (size - len(chunk)))
-        latents = denoise(params, rng_keys[start : start + size], context, uncond)
-        images.append(np.asarray(pipe.decode(latents))[: len(chunk)])
-    return np.concatenate(images)
+        def network(params: Any, *inputs: jax.Array) -> jax.Array:
+            return nnx.merge(graphdef, params)(*inputs)
+
+        policy = Policy(network, schedule.make(pipe.scheduler_config, steps, eta), guidance)
+
+        def denoise(params: Any, keys: jax.Array, context: jax.Array, uncond: jax.Array) -> jax.Array:
+            return sampler.sample(policy, params, keys, context, uncond, pipe.latent_shape).latents[:, -1]
+
+        self._denoise = jax.jit(denoise)
+
+    def __call__(self, prompts: Sequence[str], seed: int) -> UInt8[np.ndarray, "N H W 3"]:
+        """One picture for each prompt; every chunk has the same size, so that one program serves all."""
+        uncond = self._pipe.embed([""])[0]
+        chunks = -(-len(prompts) // MANY)
+        rng_keys = jax.random.split(jax.random.key(seed), (chunks, MANY))
+        images = []
+        for index in range(chunks):
+            chunk = list(prompts[index * MANY : (index + 1) * MANY])
+            context = self._pipe.embed(chunk + [""] * (MANY - len(chunk)))
+            latents = self._denoise(self._params, rng_keys[index], context, uncond)
+            images.append(np.asarray(self._pipe.decode(latents))[: len(chunk)])
+        return np.concatenate(images)
 
 
 def sheet(images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str], path: Path, title: str) -> None:
@@ -75,7 +74,7 @@ def sheet(images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str], path: P
 
 
 def measure(folder: Path, seed: int, n: int, log: Callable[[str], None] = print) -> dict[str, Any]:
-    """All numbers of the table.
+    """All numbers of the table, and a sheet of samples, ``samples.png``.
 
     Args:
       folder: the assets.
@@ -104,19 +103,28 @@ def measure(folder: Path, seed: int, n: int, log: Callable[[str], None] = print)
     log("quality: CLIP and aesthetic head")
     table["clip"], table["aesthetic"] = clip_and_head(folder, rng, 2 * n)
 
-    for guidance, split in itertools.product((3.0, 5.0), grammar.SPLITS):
+    for guidance, split in itertools.product(GUIDANCES, grammar.SPLITS):
+        if split == grammar.SPLITS[0]:
+            draw = Sampler(pipe, guidance=guidance)
         log(f"quality: samples with guidance {guidance:g} for {split} prompts")
         prompts = {category: pick(grammar.prompts(category, split), n // 4, rng) for category in grammar.CATEGORIES}
         prompts["single"] = pick(single_objects(split), n // 4, rng)
         everything = [prompt for group in prompts.values() for prompt in group]
-        _, parts = judge(sample(pipe, everything, seed, guidance=guidance), everything)
+        _, parts = judge(draw(everything, seed), everything)
         group = np.repeat(list(prompts), [len(group) for group in prompts.values()])
         table[f"samples, guidance {guidance:g}, {split} prompts"] = {
             "single object: color": float(parts["color"][group == "single"].mean()),
             "single object: shape": float(parts["shape"][group == "single"].mean()),
             **{name: float(parts[name][group == name].mean()) for name in grammar.CATEGORIES},
         }
+    prompts = pictured_prompts()
+    sheet(draw(prompts, seed), prompts, folder / "samples.png", f"The miniature, guidance {GUIDANCES[-1]:g}")
     return table
+
+
+def pictured_prompts() -> list[str]:
+    """24 of the training prompts, eight of each kind."""
+    return grammar.training_prompts()[::2]
 
 
 def single_objects(split: str) -> list[str]:

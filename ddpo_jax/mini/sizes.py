@@ -57,8 +57,8 @@ FULL = Sizes(
     verifier=Length(1500, 32, 2e-3),
     clip=Length(2000, 48, 1e-3),
     aesthetic=Length(4000, 256, 2e-3),
-    vae=Length(5000, 16, 1.5e-3),
-    unet=Length(4000, 64, 1.2e-3),
+    vae=Length(3000, 16, 1.5e-3),
+    unet=Length(3600, 64, 1.2e-3),
 )
 
 TINY = Sizes(
@@ -75,7 +75,7 @@ TINY = Sizes(
     head_bank=16,
     vae_channels=(8, 8, 8),
     vae_groups=4,
-    unet_channels=(8, 16),
+    unet_channels=(8,),
     unet_heads=2,
     unet_groups=4,
     bank=16,

@@ -1,12 +1,15 @@
 """An NNX module as a pure function of flat, named parameters: ``{"down_blocks.0.resnets.0.conv1.kernel": array}``.
 
-Flat names are what checkpoints, LoRA, key maps and logs agree on; the split into trained and frozen parameters is by name.
+Flat names are what checkpoints, LoRA, key maps and logs agree on; the split into trained and frozen parameters is by
+name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
@@ -30,8 +33,8 @@ def functional(module: nnx.Module, trainable: Callable[[str], bool]) -> tuple[Ca
     """
     graphdef, state = nnx.split(module)
     paths = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
-    trained = {name: variable[...] for name, (_, variable) in paths.items() if trainable(name)}
-    frozen = {name: variable[...] for name, (_, variable) in paths.items() if name not in trained}
+    trained = {name: variable.get_value() for name, (_, variable) in paths.items() if trainable(name)}
+    frozen = {name: variable.get_value() for name, (_, variable) in paths.items() if name not in trained}
 
     def apply(trained: Params, frozen: Params, *inputs: Array) -> Array:
         values = {**frozen, **trained}
@@ -39,3 +42,27 @@ def functional(module: nnx.Module, trainable: Callable[[str], bool]) -> tuple[Ca
         return nnx.merge(graphdef, nnx.from_flat_state(flat))(*inputs)
 
     return apply, trained, frozen
+
+
+def put(module: nnx.Module, params: Mapping[str, Any]) -> None:
+    """Gives every parameter of ``module`` the value of its name.
+
+    Raises:
+      ValueError: names or shapes differ from the module's.
+    """
+    paths = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(nnx.state(module))}
+    ours = {name: variable.get_value().shape for name, (_, variable) in paths.items()}
+    check_shapes(ours, {name: value.shape for name, value in params.items()})
+    filled = [(path, variable.replace(jnp.asarray(params[name]))) for name, (path, variable) in paths.items()]
+    nnx.update(module, nnx.from_flat_state(filled))
+
+
+def check_shapes(ours: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises ValueError that names parameters whose presence or shape differs."""
+    wrong = sorted(name for name in ours.keys() | given.keys() if ours.get(name) != given.get(name))
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"parameters {', '.join(wrong[:3])}{more} are not those of the network; they must come from a run on the "
+            "same model; give that model back"
+        )

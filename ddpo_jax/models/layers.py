@@ -115,20 +115,24 @@ def _conv_cpu_fwd(x: Array, kernel: Array, stride: int, padding: Padding) -> tup
 
 def _conv_cpu_bwd(stride: int, padding: Padding, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    return _input_gradient(dy, kernel, x.shape, stride, padding), _kernel_gradient(x, kernel, dy, stride, padding)
+    # Only the transpose of the matrix products runs; their value is compiled away. Going through it rather than writing
+    # the transpose out sums the gradient over the devices of a shard_map, as autodiff would.
+    _, pullback = jax.vjp(lambda value: _conv_matmul(x, value, stride, padding, dy.shape), kernel)
+    return _input_gradient(dy, kernel, x.shape, stride, padding), *pullback(dy)
 
 
-def _kernel_gradient(x: Array, kernel: Array, dy: Array, stride: int, padding: Padding) -> Array:
-    """One matrix product per window position, over all pixels of all images: [pixels, C]^T [pixels, D]."""
+def _conv_matmul(x: Array, kernel: Array, stride: int, padding: Padding, shape: tuple[int, ...]) -> Array:
+    """The convolution as one matrix product per window position, over all pixels of all images."""
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    height, width = ((size - 1) * stride + 1 for size in dy.shape[1:3])
-    flat = dy.reshape(-1, dy.shape[-1])
+    height, width = ((size - 1) * stride + 1 for size in shape[1:3])
     windows = [
         padded[:, i : i + height : stride, j : j + width : stride].reshape(-1, x.shape[-1])
         for i in range(kernel.shape[0])
         for j in range(kernel.shape[1])
     ]
-    return jnp.stack([window.T @ flat for window in windows]).reshape(kernel.shape)
+    parts = lax.split(kernel.reshape(-1, kernel.shape[-1]), [x.shape[-1]] * len(windows))
+    products = [window @ part for window, part in zip(windows, parts, strict=True)]
+    return sum(products[1:], products[0]).reshape(shape)
 
 
 def _input_gradient(dy: Array, kernel: Array, shape: tuple[int, ...], stride: int, padding: Padding) -> Array:
@@ -211,7 +215,8 @@ def _moments(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     if half:
         variance = jnp.maximum(jnp.mean(jnp.square(x), axes, keepdims=True) - jnp.square(mean), 0.0)
     else:
-        variance = jnp.mean(jnp.square(x - mean), axes, keepdims=True)
+        # The derivative of the variance by the mean is zero: leaving it out saves the backward pass a reduction.
+        variance = jnp.mean(jnp.square(x - lax.stop_gradient(mean)), axes, keepdims=True)
     return mean, variance
 
 
@@ -230,12 +235,28 @@ class GroupNorm(nnx.Module):
         self.dtype = jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
-        grouped = x.reshape(x.shape[0], -1, self.num_groups, x.shape[-1] // self.num_groups)
-        mean, variance = _moments(grouped, (1, 3))
-        inverse = lax.rsqrt(variance + self.epsilon)  # [B, 1, G, 1]
-        scale = inverse * self.scale[...].reshape(1, 1, self.num_groups, -1)
-        bias = self.bias[...].reshape(1, 1, self.num_groups, -1)
-        return ((grouped - mean) * scale + bias).astype(self.dtype).reshape(x.shape)
+        # Over pixels first, then over the channels of a group: one reduction over both runs 2 to 5 times slower on CPU.
+        flat = x.reshape(x.shape[0], -1, x.shape[-1])
+        mean = self._group_mean(_mean32(flat))
+        if jnp.dtype(x.dtype).itemsize < 4:  # one pass over memory; its cancellation is below the rounding of the input
+            variance = jnp.maximum(self._group_mean(_mean32(jnp.square(_float32(flat)))) - jnp.square(mean), 0.0)
+        else:
+            variance = self._group_mean(_mean32(jnp.square(flat - mean)))
+        scale = lax.rsqrt(variance + self.epsilon) * self.scale[...]  # [B, 1, C]
+        return ((flat - mean) * scale + self.bias[...]).astype(self.dtype).reshape(x.shape)
+
+    def _group_mean(self, x: Float[Array, "B 1 C"]) -> Float[Array, "B 1 C"]:
+        """The mean over each group's channels, at each of them."""
+        grouped = x.reshape(x.shape[0], 1, self.num_groups, -1)
+        return jnp.broadcast_to(grouped.mean(-1, keepdims=True), grouped.shape).reshape(x.shape)
+
+
+def _float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _mean32(x: Float[Array, "B S C"]) -> Float[Array, "B 1 C"]:
+    return jnp.mean(_float32(x), 1, keepdims=True)
 
 
 class LayerNorm(nnx.Module):

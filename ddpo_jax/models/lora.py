@@ -6,15 +6,21 @@ again, which is how the reference policy is had without a second copy of the wei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ddpo_jax import weights
+
 DOWN, UP = "lora_down", "lora_up"  # names of A^T [in, r] and B^T [r, out]
+_PEFT = {DOWN: "lora_A.weight", UP: "lora_B.weight"}  # [r, in] and [out, r]
 
 
 class LoRALinear(nnx.Module):
@@ -71,9 +77,54 @@ def add(module: nnx.Module, rank: int, targets: Sequence[str], rngs: nnx.Rngs, a
         owner: Any = module
         for part in parents:
             owner = owner[part] if isinstance(part, int) else getattr(owner, part)
-        layer = LoRALinear(node, rank, float(alpha or rank), rngs)
+        layer = LoRALinear(node, rank, rank if alpha is None else alpha, rngs)
         if isinstance(key, int):
             owner[key] = layer
         else:
             setattr(owner, key, layer)
     return sorted(name for name, *_ in found)
+
+
+def merge(params: Mapping[str, np.ndarray], scale: float = 1.0) -> dict[str, np.ndarray]:
+    """The adapted network without adapters: every adapted ``kernel`` becomes ``kernel + scale * down @ up``.
+
+    Args:
+      params: all parameters of the network by dotted name, adapters included; float32.
+      scale: alpha / r.
+    """
+    merged = {name: np.asarray(value) for name, value in params.items() if not is_lora(name)}
+    for name in sorted(params):
+        layer, _, last = name.rpartition(".")
+        if last == DOWN:
+            update = np.asarray(params[name]) @ np.asarray(params[f"{layer}.{UP}"])
+            merged[f"{layer}.kernel"] = merged[f"{layer}.kernel"] + np.float32(scale) * update
+    return merged
+
+
+def save(
+    path: str | os.PathLike[str], params: Mapping[str, np.ndarray], alpha: float | None = None, prefix: str = "unet"
+) -> None:
+    """Writes adapters as PEFT and diffusers name them: what ``StableDiffusionPipeline.load_lora_weights`` reads.
+
+    Args:
+      path: of the safetensors file.
+      params: the adapters' parameters by dotted name.
+      alpha: the scale is alpha / r; defaults to r.
+      prefix: the part of the pipeline that they adapt.
+    """
+    tensors, ranks = {}, set()
+    for name, value in params.items():
+        layer, _, last = name.rpartition(".")
+        tensors[f"{prefix}.{layer}.{_PEFT[last]}"] = np.asarray(value).T
+        ranks.add(value.shape[1 if last == DOWN else 0])
+    (rank,) = ranks  # ``add`` gives every layer the same
+    options = {
+        "r": rank,
+        "lora_alpha": rank if alpha is None else alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "peft_type": "LORA",
+        "target_modules": sorted({name.rpartition(".")[0] for name in params}),
+    }
+    described = json.dumps({f"{prefix}.{key}": value for key, value in options.items()}, indent=2, sort_keys=True)
+    weights.write_safetensors(path, tensors, {"lora_adapter_metadata": described})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from ml_collections import ConfigDict
 
+SOURCE = "nothing"
+
 
 def default_config() -> ConfigDict:
     """No options."""

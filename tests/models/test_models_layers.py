@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -139,21 +141,22 @@ def test_resnet_and_resampling_against_diffusers():
         return torch.tensor(array).permute(0, 3, 1, 2)
 
     reference = resnet.ResnetBlock2D(in_channels=8, out_channels=12, temb_channels=5, groups=4, eps=1e-5)
-    ours = layers.ResnetBlock2D(8, 12, time_channels=5, groups=4, epsilon=1e-5, rngs=nnx.Rngs(0))
-    torch_weights.load(ours, reference.state_dict())
+    ours = torch_weights.build(
+        lambda: layers.ResnetBlock2D(8, 12, time_channels=5, groups=4, epsilon=1e-5, rngs=nnx.Rngs(0)),
+        reference.state_dict(),
+    )
     expected = reference(nchw(x), torch.tensor(time)).detach().permute(0, 2, 3, 1)
-    np.testing.assert_allclose(ours(x, time), expected, atol=1e-5)
+    np.testing.assert_allclose(jax.jit(ours.__call__)(x, time), expected, atol=1e-5)
 
-    reference = resnet.Upsample2D(8, use_conv=True)
-    ours = layers.Upsample2D(8, rngs=nnx.Rngs(0))
-    torch_weights.load(ours, reference.state_dict())
-    np.testing.assert_allclose(ours(x), reference(nchw(x)).detach().permute(0, 2, 3, 1), atol=1e-5)
-
+    pairs = [(resnet.Upsample2D(8, use_conv=True), lambda: layers.Upsample2D(8, rngs=nnx.Rngs(0)))]
     for asymmetric in (False, True):
         reference = resnet.Downsample2D(8, use_conv=True, padding=0 if asymmetric else 1, name="op")
-        ours = layers.Downsample2D(8, asymmetric=asymmetric, rngs=nnx.Rngs(0))
-        torch_weights.load(ours, reference.state_dict())
-        np.testing.assert_allclose(ours(x), reference(nchw(x)).detach().permute(0, 2, 3, 1), atol=1e-5)
+        make = functools.partial(layers.Downsample2D, 8, asymmetric=asymmetric)
+        pairs.append((reference, lambda make=make: make(rngs=nnx.Rngs(0))))
+    for reference, make in pairs:
+        ours = torch_weights.build(make, reference.state_dict())
+        expected = reference(nchw(x)).detach().permute(0, 2, 3, 1)
+        np.testing.assert_allclose(jax.jit(ours.__call__)(x), expected, atol=1e-5)
 
 
 def test_bfloat16_modules_keep_float32_parameters():

@@ -31,8 +31,8 @@ def _raw(widths, **changes):
 
 
 CONFIGS = {
-    "three levels": _raw([8, 16, 16], layers_per_block=2, norm_num_groups=8),
-    "odd": _raw([6, 15], latent_channels=3, norm_num_groups=3, in_channels=1, out_channels=2),
+    "three levels": _raw([8, 16, 16], norm_num_groups=8),
+    "odd": _raw([6, 15], layers_per_block=2, latent_channels=3, norm_num_groups=3, in_channels=1, out_channels=2),
     "bare": _raw([8], use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False),
 }
 SD15 = _raw([128, 256, 512, 512], layers_per_block=2, norm_num_groups=32, sample_size=512, _diffusers_version="0.6.0")
@@ -48,7 +48,7 @@ def _inputs(raw):
 
 @functools.cache
 def _reference(name):
-    """State dict; moments, images; gradients of sum(sin(mean) + cos(logvar)) + sum(sin(images))."""
+    """State dict; moments, images; gradients of (sum(sin(mean)) + sum(cos(logvar)) + sum(sin(images))) / 10."""
     torch = pytest.importorskip("torch")
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
@@ -56,16 +56,23 @@ def _reference(name):
     images, latents = (torch.tensor(x).permute(0, 3, 1, 2).requires_grad_() for x in _inputs(CONFIGS[name]))
     posterior = model.encode(images).latent_dist
     decoded = model.decode(latents).sample
-    (posterior.mean.sin().sum() + posterior.logvar.cos().sum() + decoded.sin().sum()).backward()
+    (0.1 * (posterior.mean.sin().sum() + posterior.logvar.cos().sum() + decoded.sin().sum())).backward()
     nhwc = lambda x: x.detach().permute(0, 2, 3, 1).numpy()  # noqa: E731
     values = [nhwc(x) for x in (posterior.mean, posterior.logvar, decoded, images.grad, latents.grad)]
     return model.state_dict(), values, {key: value.grad.numpy() for key, value in model.named_parameters()}
 
 
-def _ours(name):
-    model = AutoencoderKL(VAEConfig.from_dict(CONFIGS[name]), rngs=nnx.Rngs(0))
-    torch_weights.load(model, _reference(name)[0])
-    return model
+def _make(raw, **options):
+    return AutoencoderKL(VAEConfig.from_dict(raw), rngs=nnx.Rngs(0), **options)
+
+
+def _ours(name, **options):
+    return torch_weights.build(functools.partial(_make, CONFIGS[name], **options), _reference(name)[0])
+
+
+def _run(function, *args):
+    """Jitted call that compiles in half the time: these programs run once."""
+    return jax.jit(function).lower(*args).compile({"xla_backend_optimization_level": 0})(*args)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -77,34 +84,33 @@ def test_value_and_gradients(name):
         model = nnx.merge(graph, params)
         mean, logvar = model.encode(images)
         decoded = model.decode(latents)
-        return jnp.sum(jnp.sin(mean)) + jnp.sum(jnp.cos(logvar)) + jnp.sum(jnp.sin(decoded)), (mean, logvar, decoded)
+        total = jnp.sum(jnp.sin(mean)) + jnp.sum(jnp.cos(logvar)) + jnp.sum(jnp.sin(decoded))
+        return 0.1 * total, (mean, logvar, decoded)
 
-    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
-    (_, values), (params, *inputs) = gradient(params, *_inputs(CONFIGS[name]))
+    gradient = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+    (_, values), (params, *inputs) = _run(gradient, params, *_inputs(CONFIGS[name]))
     for got, want in zip((*values, *inputs), expected, strict=True):
         assert got.dtype == jnp.float32
         np.testing.assert_allclose(got, want, atol=1e-4)
     ours = torch_weights.gradients(params)
     assert set(ours) == set(d_params)
     for key, (path, got) in ours.items():
-        np.testing.assert_allclose(got, torch_weights.to_ours(path, d_params[key]), atol=1e-4, rtol=1e-5, err_msg=key)
+        np.testing.assert_allclose(got, torch_weights.to_ours(path, d_params[key]), atol=1e-4, err_msg=key)
 
 
-@pytest.mark.parametrize("slice_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("slice_size", [1, 2, 8])
 def test_sliced_decode_is_decode(slice_size):
     model = _ours("three levels")
     _, latents = _inputs(CONFIGS["three levels"])
-    decode = jax.jit(lambda latents: model.decode(latents, slice_size=slice_size))
-    np.testing.assert_allclose(decode(latents), _reference("three levels")[1][2], atol=1e-4)
+    images = _run(lambda latents: model.decode(latents, slice_size=slice_size), latents)
+    np.testing.assert_allclose(images, _reference("three levels")[1][2], atol=1e-4)
     with pytest.raises(ValueError, match="slice_size=0"):
         model.decode(latents, slice_size=0)
 
 
 def test_bfloat16_is_near_float32():
-    raw = CONFIGS["three levels"]
-    model = AutoencoderKL(VAEConfig.from_dict(raw), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    torch_weights.load(model, _reference("three levels")[0])
-    decoded = jax.jit(lambda latents: model.decode(latents))(_inputs(raw)[1])
+    model = _ours("three levels", dtype=jnp.bfloat16)
+    decoded = _run(model.decode, _inputs(CONFIGS["three levels"])[1])
     expected = _reference("three levels")[1][2]
     assert decoded.dtype == jnp.float32
     difference = float(np.sqrt(np.mean((np.asarray(decoded) - expected) ** 2)))
@@ -112,7 +118,7 @@ def test_bfloat16_is_near_float32():
 
 
 def test_full_size_has_the_published_number_of_parameters():
-    model = nnx.eval_shape(lambda: AutoencoderKL(VAEConfig.from_dict(SD15), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(functools.partial(_make, SD15))
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))) == 83_653_863
     assert model.config.factor == 8
 
@@ -141,6 +147,6 @@ def test_the_config_diffusers_writes_today_is_read():
 
 
 def test_wrong_image_size_is_refused():
-    model = nnx.eval_shape(lambda: AutoencoderKL(VAEConfig.from_dict(SD15), rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(functools.partial(_make, SD15))
     with pytest.raises(ValueError, match="images=20x24: height and width must be multiples of 8"):
         model.encode(jnp.zeros((1, 20, 24, 3)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -21,8 +23,9 @@ def torch_name(path: tuple) -> str:
     return ".".join([*map(str, path[:-1]), NAMES[path[-1]]])
 
 
-def load(module: nnx.Module, state_dict: dict) -> None:
-    """Fills ``module``; every tensor must be used exactly once and fit."""
+def build(make: Callable[[], nnx.Module], state_dict: dict) -> nnx.Module:
+    """The module with PyTorch's weights, never initialised; every tensor must be used exactly once and fit."""
+    module = nnx.eval_shape(make)
     tensors = {name: tensor.detach().numpy() for name, tensor in state_dict.items()}
     for path, variable in nnx.to_flat_state(nnx.state(module, nnx.Param)):
         value = to_ours(path, tensors.pop(torch_name(path)))
@@ -31,8 +34,9 @@ def load(module: nnx.Module, state_dict: dict) -> None:
         variable.set_value(jnp.asarray(value))
     if tensors:
         raise AssertionError(f"unused: {sorted(tensors)}")
+    return module
 
 
-def gradients(grads: nnx.State) -> dict[str, np.ndarray]:
-    """Our parameter gradients under PyTorch's names, in our layout, paired with the path."""
+def gradients(grads: nnx.State) -> dict[str, tuple[tuple, np.ndarray]]:
+    """PyTorch name -> (path, gradient) of our parameter gradients, in our layout."""
     return {torch_name(path): (path, np.asarray(value.get_value())) for path, value in nnx.to_flat_state(grads)}

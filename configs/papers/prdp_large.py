@@ -1,0 +1,50 @@
+"""002, large scale: PRDP on more than 100 000 prompts, where DDPO becomes unstable. Section 4.1.
+
+PRDP:       python -m ddpo_jax.main --config=configs/papers/prdp_large.py:prompts.path=FILE
+DDPO:       ...prdp_large.py:algorithm=ddpo,prompts.path=FILE
+miniature:  ...:model=mini (64 images, 8 prompts x 8, of its 112 896 prompts; verifier as the reward)
+
+FILE has one prompt a line: those of the training set of HPDv2 in the paper. The multi-reward setup of section 4.1 is
+reward=weighted,reward.rewards='pickscore=10,hps=2,aesthetic=0.05'. For what the text leaves open see ``prdp.py``.
+"""
+
+from ml_collections import ConfigDict
+
+from ddpo_jax.config import choose, default_config, with_choices
+from ddpo_jax.presets import learning_rate, on_miniature, split
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    model, members, options = split(arg)
+    config = default_config()
+    config.model = "CompVis/stable-diffusion-v1-4"
+    config.num_epochs = 1000
+    config.sample.num_steps = 50  # DDPM
+    config.sample.eta = 1.0
+    config.sample.guidance_scale = 5.0
+    config.sample.batch_size = 32
+    config.sample.num_batches_per_epoch = 16  # 64 prompts x 8 images
+    config.prompts.samples_per_prompt = 8
+    config.train.batch_size = 512
+    config.train.num_inner_epochs = 4
+    config.train.learning_rate = 1e-5
+    config.train.weight_decay = 1e-4
+    config.train.max_grad_norm = 1.0
+    config.train.lora_rank = 0
+    config.train.clip_range = 1e-4
+    choose(config, "algorithm", "prdp")
+    choose(config, "reward", "aesthetic")
+    choose(config, "prompts", "file")
+
+    with_choices(config, model)
+    if on_miniature(config, images=64, update=64):
+        config.train.learning_rate = learning_rate(16)  # one rate for both, see prdp.py
+        choose(config, "reward", "mini_verifier")
+        config.prompts.split = "large"
+    with_choices(config, members)
+    if config.algorithm.name == "prdp":
+        config.algorithm.kl_coef = 10.0
+    else:
+        config.train.num_inner_epochs = 1
+        config.train.batch_size = config.sample.batch_size * config.sample.num_batches_per_epoch // 4
+    return with_choices(config, options)

@@ -1,0 +1,48 @@
+"""001 section 4.1, 004 sections 3.1 and 3.2: reward-weighted regression, and the sparse one.
+
+RWR:        python -m ddpo_jax.main --config=configs/papers/rwr.py
+sparse:     ...rwr.py:algorithm=rwr_sparse
+one round:  ...rwr.py:algorithm.refresh_every=0 (all samples from the pretrained model)
+miniature:  ...:model=mini (64 images in place of 256)
+
+Sampler, optimizer and images are those of ``ddpo.py``, with which 001 compares. For rewards other than the JPEG ones the
+weights are a softmax within a prompt (spec section 4): ``algorithm.softmax_over=prompt,prompts.samples_per_prompt=4``.
+"""
+
+from ml_collections import ConfigDict
+
+from ddpo_jax.config import choose, default_config, with_choices
+from ddpo_jax.presets import on_miniature, split
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    model, members, options = split(arg)
+    config = default_config()
+    config.model = "CompVis/stable-diffusion-v1-4"
+    config.num_epochs = 100
+    config.sample.num_steps = 50
+    config.sample.eta = 1.0
+    config.sample.guidance_scale = 5.0
+    config.sample.batch_size = 32
+    config.sample.num_batches_per_epoch = 8
+    config.train.batch_size = 64
+    config.train.learning_rate = 1e-5
+    config.train.weight_decay = 1e-4
+    config.train.max_grad_norm = 1.0
+    config.train.lora_rank = 0
+    config.train.clip_range = 1e-4  # not read
+    config.prompts.samples_per_prompt = 1
+    choose(config, "reward", "jpeg_compressibility")
+    choose(config, "prompts", "animals")
+    choose(config, "algorithm", "rwr")
+
+    with_choices(config, model)
+    on_miniature(config, images=64, update=16)
+    with_choices(config, members)
+    if config.algorithm.name == "rwr":
+        config.algorithm.temperature = 0.2  # spec section 4: the public default
+        config.algorithm.softmax_over = "batch"  # of the JPEG rewards
+    if config.algorithm.name == "rwr_sparse":
+        config.algorithm.threshold_by = "percentile"
+        config.algorithm.threshold = 90.0
+    return with_choices(config, options)

@@ -1,0 +1,149 @@
+"""The replay buffer: the scored trajectories of the last epochs on the host, and the choice of which to train on again.
+
+Selective timestep weighting (000), Algorithm 1: after an epoch's own updates the best k trajectories per device come back
+with the advantages and log-probabilities they were sampled with; then the epoch enters and what is too old leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int
+from ml_collections import ConfigDict
+
+from ddpo_jax.types import Samples
+
+SOURCES = ("past", "current", "nothing")
+_FIELDS = tuple(field.name for field in dataclasses.fields(Samples))
+_DTYPES = {name: np.dtype(np.int64 if name.endswith("_ids") else np.float32) for name in _FIELDS}
+
+
+class Buffer:
+    """Keeps the samples of the last ``config.history`` epochs and retrieves those that ``rule`` puts first."""
+
+    def __init__(self, rule: types.ModuleType, config: ConfigDict, *, whole_groups: bool, num_devices: int):
+        """Args:
+        rule: a module of ``ddpo_jax.replay`` (``SOURCE`` and ``priority``), or the user's own.
+        config: the ``replay`` section: ``name``, ``k``, ``history`` and the options of the rule.
+        whole_groups: the samples of one draw of a prompt come back together or not at all.
+        num_devices: of the run; ``k`` samples come back for each.
+
+        Raises:
+          ValueError: the rule's ``SOURCE`` is missing or unknown.
+        """
+        self._source = getattr(rule, "SOURCE", None)
+        if self._source not in SOURCES:
+            raise ValueError(
+                f"replay.name: received {config.name!r}, whose SOURCE is {self._source!r}; "
+                f"it must be one of {', '.join(SOURCES)}; add a line SOURCE = 'past' to the module"
+            )
+        self._rule, self._config, self._whole_groups = rule, config, whole_groups
+        self._count = config.k * num_devices
+        self._epochs: list[tuple[int, Samples]] = []  # oldest first
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays held."""
+        return sum(x.nbytes for _, samples in self._epochs for x in jax.tree.leaves(samples))
+
+    def __len__(self) -> int:
+        """Number of samples held."""
+        return sum(len(samples) for _, samples in self._epochs)
+
+    def retrieve(self, current: Samples, epoch: int, rng: np.random.Generator) -> Samples | None:
+        """The ``k * num_devices`` samples of highest priority, best first (with whole groups: best group first).
+
+        Args:
+          current: the epoch just sampled, with its advantages.
+          epoch: its number.
+          rng: of the rules that draw at random.
+
+        Returns:
+          The samples, or None where there are not that many (the first epoch).
+
+        Raises:
+          ValueError: the rule's priorities are not N numbers, or the groups do not fit ``k``.
+        """
+        if self._source == "nothing":
+            return None
+        entries = self._epochs if self._source == "past" else [(epoch, current)]
+        if sum(len(entry) for _, entry in entries) < self._count:
+            return None
+        samples = _concatenate([entry for _, entry in entries])
+        age = np.concatenate([np.full(len(entry), epoch - sampled) for sampled, entry in entries])
+        priority = self._priority(samples, age, rng)
+        chosen = self._groups(samples.group_ids, priority) if self._whole_groups else _descending(priority)
+        return samples[chosen[: self._count]] if len(chosen) >= self._count else None
+
+    def add(self, current: Samples, epoch: int) -> None:
+        """Takes in the samples of ``epoch`` and drops those that the next epoch finds older than ``history``."""
+        if self._source != "past":
+            return
+        self._epochs = [
+            (sampled, samples) for sampled, samples in self._epochs if epoch - sampled < self._config.history
+        ]
+        if not len(current):  # an algorithm that selects may have kept nothing
+            return
+        fields = {name: np.asarray(getattr(current, name), dtype) for name, dtype in _DTYPES.items()}
+        self._epochs.append((epoch, Samples(**fields)))
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """All that continuing needs, as flat arrays whose length alone depends on the content (so that an empty buffer
+        is the pattern of a full one): each field's values and shape without its leading axis, and each sample's epoch.
+        """
+        samples = _concatenate([entry for _, entry in self._epochs]) if self._epochs else None
+        state = {
+            "epochs": np.array([epoch for epoch, entry in self._epochs for _ in range(len(entry))], np.int64),
+        }
+        for name, dtype in _DTYPES.items():
+            value = np.zeros(0, dtype) if samples is None else getattr(samples, name)
+            state[name] = value.reshape(-1)
+            state[f"{name}_shape"] = np.array(value.shape[1:], np.int64)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Replaces the content by what ``state_dict`` returned."""
+        epochs = np.asarray(state["epochs"])
+        fields = {}
+        for name in _FIELDS if len(epochs) else ():
+            shape = np.asarray(state[f"{name}_shape"]).tolist()
+            fields[name] = np.asarray(state[name]).reshape(len(epochs), *shape)
+        self._epochs = [(int(epoch), Samples(**fields)[epochs == epoch]) for epoch in np.unique(epochs)]
+
+    def _priority(self, samples: Samples, age: Int[np.ndarray, " N"], rng: np.random.Generator) -> np.ndarray:
+        given = self._rule.priority(samples.rewards, samples.advantages, age, rng, self._config)
+        priority = np.asarray(given, np.float64)
+        if priority.shape != age.shape or np.isnan(priority).any():
+            what = f"shape {list(priority.shape)}" if priority.shape != age.shape else "NaN"
+            raise ValueError(
+                f"replay.name: received {self._config.name!r}, whose priority() returned {what}; "
+                f"it must return {len(age)} numbers, one per sample; correct the module"
+            )
+        return priority
+
+    def _groups(self, group_ids: Int[np.ndarray, " N"], priority: Float[np.ndarray, " N"]) -> Int[np.ndarray, " M"]:
+        """Indices of the samples, group by group, in descending order of each group's best priority."""
+        _, group, sizes = np.unique(group_ids, return_inverse=True, return_counts=True)
+        if (sizes != sizes[0]).any() or self._count % sizes[0]:
+            raise ValueError(
+                f"replay.k: received {self._config.k}, {self._count} samples over all devices; it must come out in "
+                f"whole groups of {sizes.max()} samples of a prompt; use a multiple of {sizes.max()}"
+            )
+        best = np.full(len(sizes), -np.inf)
+        np.maximum.at(best, group, priority)
+        members = np.argsort(group, kind="stable").reshape(len(sizes), sizes[0])
+        return members[_descending(best)].reshape(-1)
+
+
+def _descending(priority: Float[np.ndarray, " N"]) -> Int[np.ndarray, " M"]:
+    """Indices from the highest priority down, equal ones in their order; those of minus infinity are left out."""
+    order = np.argsort(-priority, kind="stable")
+    return order[priority[order] > -np.inf]
+
+
+def _concatenate(parts: list[Samples]) -> Samples:
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

@@ -1,0 +1,20 @@
+"""Past trajectories drawn uniformly, without replacement: what hard-mining is compared with (000 Fig. 7d)."""
+
+from __future__ import annotations
+
+import numpy as np
+from ml_collections import ConfigDict
+
+SOURCE = "past"
+
+
+def default_config() -> ConfigDict:
+    """No options of its own; ``replay.k`` and ``replay.history`` apply."""
+    return ConfigDict()
+
+
+def priority(
+    rewards: np.ndarray, advantages: np.ndarray, age: np.ndarray, rng: np.random.Generator, config: ConfigDict
+) -> np.ndarray:
+    """A random number in [0, 1) for each sample [N]."""
+    return rng.random(len(rewards))

@@ -1,0 +1,22 @@
+"""Steps count by the noise they add: the standard deviation of the reverse step (000 section 4.2; TempFlow's choice).
+
+It falls towards the end of the trajectory, and is the same for every trajectory.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from ddpo_jax.diffusion.schedule import Schedule
+
+
+def default_config() -> ConfigDict:
+    """No options."""
+    return ConfigDict()
+
+
+def weights(latents: Float[Array, "N T1 h w c"], schedule: Schedule, config: ConfigDict) -> Float[Array, "N T"]:
+    """``std_t`` of the schedule, the same row for each of the N trajectories."""
+    return jnp.tile(schedule.std, (latents.shape[0], 1))

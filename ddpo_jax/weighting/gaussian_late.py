@@ -1,0 +1,15 @@
+"""The last steps count most: a Gaussian over the step's position (worst of the three in 000, Fig. 7c)."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from ddpo_jax.weighting import _gaussian
+from ddpo_jax.weighting._gaussian import check, weights
+
+__all__ = ["check", "default_config", "weights"]
+
+
+def default_config() -> ConfigDict:
+    """``centre`` and ``width``."""
+    return _gaussian.options(centre=1.0)

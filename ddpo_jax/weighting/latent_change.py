@@ -1,0 +1,19 @@
+"""Steps count by how far they moved this trajectory's latents: the mean of ``|z_t - z_{t-1}|`` (000 section 4.2)."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from ddpo_jax.diffusion.schedule import Schedule
+
+
+def default_config() -> ConfigDict:
+    """No options."""
+    return ConfigDict()
+
+
+def weights(latents: Float[Array, "N T1 h w c"], schedule: Schedule, config: ConfigDict) -> Float[Array, "N T"]:
+    """Mean absolute difference of the latents before and after each step."""
+    return jnp.mean(jnp.abs(jnp.diff(latents, axis=1)), axis=(2, 3, 4))

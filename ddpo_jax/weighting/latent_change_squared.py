@@ -1,0 +1,22 @@
+"""Steps count by the square of how far they moved this trajectory's latents: the mean of ``(z_t - z_{t-1})^2``.
+
+The scheme that 000 proposes (section 4.2 and Table 4) and finds best (Fig. 7c).
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from ddpo_jax.diffusion.schedule import Schedule
+
+
+def default_config() -> ConfigDict:
+    """No options."""
+    return ConfigDict()
+
+
+def weights(latents: Float[Array, "N T1 h w c"], schedule: Schedule, config: ConfigDict) -> Float[Array, "N T"]:
+    """Mean squared difference of the latents before and after each step."""
+    return jnp.mean(jnp.square(jnp.diff(latents, axis=1)), axis=(2, 3, 4))
