@@ -70,14 +70,17 @@ def load_model(config: ConfigDict) -> Model:
 
 
 def split_model(config: ConfigDict, pipe: pipeline.Pipeline) -> Model:
-    """The UNet of ``pipe``, which may hold shapes in place of arrays, split by what ``config.train`` trains."""
+    """The UNet of ``pipe``, which may hold shapes in place of arrays, split by what ``config.train`` trains.
+
+    Shapes are left in ``pipe.unet``: its float32 weights would stay beside their copy in the compute type.
+    """
     dtype = jnp.dtype(config.dtype)
     pipe.unet.attention = config.attention
     pipe.unet.remat = "block" if config.train.remat == "on" else "none"
     rank = config.train.lora_rank
     if rank:
         lora.add(pipe.unet, rank, config.train.lora_targets, nnx.Rngs(config.seed))
-    network, params, frozen = functional(pipe.unet, lora.is_lora if rank else lambda name: True)
+    network, params, frozen = functional(pipe.unet, lora.is_lora if rank else lambda name: True, release=True)
 
     def convert(params: Params, frozen: Params) -> tuple[Params, Params]:
         off = {name: jnp.zeros_like(x) if rank else x.astype(dtype) for name, x in params.items()}  # adapters off

@@ -7,22 +7,19 @@ program before it optimises: what rematerialisation computes twice counts once. 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax.sharding import Mesh
+from flax import nnx
 from ml_collections import ConfigDict
 
-from ddpo_jax import find
-from ddpo_jax.build import Model
-from ddpo_jax.diffusion import schedule
-from ddpo_jax.diffusion.policy import Policy
-from ddpo_jax.learner import Learner, Minibatch, Objective, make_optimizer
-from ddpo_jax.rollout import Collector
+from ddpo_jax.build import build
+from ddpo_jax.learner import Minibatch
+from ddpo_jax.random_model import Size, random_model
 
 # Dense bfloat16 operations per second and chip, from the makers' data sheets; the longest name that fits counts.
 PEAKS = {
@@ -70,30 +67,119 @@ class Work:
     decode: float
 
 
-def work(model: Model, guided: bool) -> Work:
-    """The operations of a model, counted on shapes; nothing is computed.
+def work(config: ConfigDict, size: Size) -> Work:
+    """The operations of a model, counted on shapes: nothing is computed.
 
     Args:
-      model: arrays or shapes. Its UNet must not rematerialise, or that counts too.
-      guided: classifier-free guidance is on.
+      config: resolved; what is trained, and whether with guidance.
+      size: of the networks.
     """
-    pipe = model.pipeline
-    context = pipe.embed([""]).shape[1:]
-    batch = 2 if guided else 1
-    inputs = [_shape(batch, *pipe.latent_shape), _shape(batch), _shape(batch, *context)]
-    params, frozen = _shapes(model.params), _shapes(model.frozen)
+    plain = config.copy_and_resolve_references()
+    plain.attention, plain.train.remat = "xla", "off"  # loops and kernels hide operations, the latter doubles them
+    model = random_model(plain, size, shapes_only=True)
+    pipe, batch = model.pipeline, 1 if config.sample.guidance_scale == 1 else 2
+    inputs = _float(batch, *pipe.latent_shape), _int(batch), _float(batch, size.tokens, size.unet.cross_attention_dim)
 
-    def loss(params: Any, frozen: Any, *inputs: jax.Array) -> jax.Array:
-        return model.network(params, frozen, *inputs).sum()
+    def loss(params: Any, *rest: Any) -> jax.Array:
+        return model.network(params, *rest).sum()
 
-    vae = pipe.vae
+    graphdef, state = nnx.split(pipe.vae)
     return Work(
-        rollout_step=_count(model.network, params, frozen, *inputs),
-        update_step=_count(jax.grad(loss), params, frozen, *inputs),
-        decode=_count(lambda latents: vae.decode(latents), _shape(1, *pipe.latent_shape)),
+        rollout_step=_count(model.network, model.params, model.frozen, *inputs),
+        update_step=_count(jax.value_and_grad(loss), model.params, model.frozen, *inputs),
+        decode=_count(lambda state, x: nnx.merge(graphdef, state).decode(x), state, _float(1, *pipe.latent_shape)),
     )
 
 
 def _count(function: Callable[..., Any], *args: Any) -> float:
-    cost = jax.jit(function).lower(*args).cost_analysis()
-    return float(cost["flops"])
+    return float(jax.jit(function).lower(*args).cost_analysis()["flops"])
+
+
+def _float(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def _int(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device.
+
+    Attributes:
+      setting: what is trained and how, in words.
+      resident: parameters, optimizer and averages, reference, VAE and text encoder.
+      rollout, update: the most that is taken while either runs, ``resident`` included.
+    """
+
+    setting: str
+    resident: int
+    rollout: int
+    update: int
+
+    @property
+    def fits(self) -> list[str]:
+        """The chips whose memory is enough."""
+        return [chip for chip, gib in CHIPS.items() if max(self.rollout, self.update) <= _USABLE * gib * 2**30]
+
+
+def memory(config: ConfigDict, size: Size) -> Iterator[Memory]:
+    """What training takes with adapters and of the whole UNet, with and without rematerialisation.
+
+    Compiles for the device at hand, on shapes: nothing of the model's size is allocated.
+
+    Args:
+      config: resolved; its ``train.lora_rank`` (4 if it is 0) and all else but ``train.remat`` are kept.
+      size: of the networks.
+    """
+    for rank, remat in itertools.product((config.train.lora_rank or 4, 0), ("on", "off")):
+        config = config.copy_and_resolve_references()
+        config.train.lora_rank, config.train.remat = rank, remat
+        kind = f"adapters of rank {rank}" if rank else "whole UNet"
+        yield _memory(config, size, f"{kind}, remat {remat}")
+
+
+def _memory(config: ConfigDict, size: Size, setting: str) -> Memory:
+    parts = build(config, random_model(config, size, shapes_only=True))
+    model = parts.model
+    state = jax.eval_shape(parts.learner.init, model.params)
+    vae = nnx.state(model.pipeline.vae)
+    resident = _bytes((state, model.frozen, model.reference, vae)) + 4 * size.text_params
+    context = (size.tokens, size.unet.cross_attention_dim)
+    n = config.sample.batch_size
+    rollout = parts.collector.sample.lower(
+        *(state.params, model.frozen, parts.uncond),
+        *(_float(n, *context), _int(), _int(n), _int(n), _int()),
+    ).compile()
+    batch = minibatch_shapes(config, model.pipeline.latent_shape, context)
+    update = parts.learner.update.lower(state, model.reference, model.frozen, parts.uncond, batch).compile()
+    return Memory(setting, resident, resident + _beyond(rollout), resident + _beyond(update) + _bytes(batch))
+
+
+def minibatch_shapes(config: ConfigDict, latent_shape: tuple[int, int, int], context: tuple[int, int]) -> Minibatch:
+    """The shapes of one update's samples, all steps trained."""
+    n, steps = config.train.batch_size, config.sample.num_steps
+    return Minibatch(
+        latents=_float(n, steps + 1, *latent_shape),
+        context=_float(n, *context),
+        old_log_prob=_float(n, steps),
+        advantages=_float(n),
+        rewards=_float(n),
+        prompt_ids=_int(n),
+        steps=_int(n, steps),
+        step_weight=_float(n, steps),
+        mask=_float(n, steps),
+        seeds=_int(n),
+        values=None,
+    )
+
+
+def _bytes(tree: Any) -> int:
+    return sum(int(np.prod(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _beyond(compiled: Any) -> int:
+    """Bytes that a program takes besides its arguments."""
+    analysis = compiled.memory_analysis()
+    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes

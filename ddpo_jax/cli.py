@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -37,8 +38,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def cache_compilations() -> None:
+    """Keeps compiled programs between processes, in ``~/.cache/ddpo_jax`` unless JAX was told another place."""
+    import jax  # not at the top: --help and wrong flags answer at once
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "ddpo_jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Calls ``command(arguments)`` and returns its exit code: 0, 2 for wrong input, 1 for a failure, 130 for an interruption."""
+    """Calls ``command(arguments)`` and returns its exit code: 0, 2 for wrong input, 1 for a failure, 130 interrupted."""
     try:
         command(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
@@ -50,6 +60,9 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
     except errors.RunFailure as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except errors.Interrupted as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         return 130
     return 0

@@ -111,10 +111,7 @@ def choose_baseline(groups: Sequence[Group], wanted: str) -> Group:
     """
     if not wanted:
         return min(groups, key=_settings)
-    if exact := [group for group in groups if group.label == wanted]:
-        return exact[0]
-    asked = {item.strip() for item in wanted.split(",")}
-    found = [group for group in groups if asked <= {item.strip() for item in group.label.split(",")}]
+    found = matching(groups, wanted)
     if len(found) == 1:
         return found[0]
     labels = [group.label for group in groups]
@@ -124,6 +121,14 @@ def choose_baseline(groups: Sequence[Group], wanted: str) -> Group:
         f"--baseline: received '{wanted}', which {len(found) or 'no'} group{'s'[: len(found) != 1]} match; "
         f"groups are {'; '.join(labels)}; {fix}"
     )
+
+
+def matching(groups: Sequence[Group], wanted: str) -> list[Group]:
+    """The groups whose label has all settings of ``wanted``; the one whose label it is, if there is one."""
+    asked = {item.strip() for item in wanted.split(",")}
+    labels = [{item.strip() for item in group.label.split(",")} for group in groups]
+    exact = [group for group, label in zip(groups, labels, strict=True) if asked == label]
+    return exact or [group for group, label in zip(groups, labels, strict=True) if asked <= label]
 
 
 def _settings(group: Group) -> int:
@@ -186,12 +191,10 @@ def table(result: dict[str, Any]) -> str:
             )
         )
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
-    ]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     note = (
-        f"final: mean over seeds ± 95 % t-interval. Baseline's final reward {result['level']:.4g}. Smoothed over the last "
-        f"{result['smoothing_queries']:.4g} queries. [..]: 95 % bootstrap over seeds."
+        f"final: mean over seeds ± 95 % t-interval. Baseline's final reward {result['level']:.4g}. Smoothed over the "
+        f"last {result['smoothing_queries']:.4g} queries. [..]: 95 % bootstrap over seeds."
     )
     return "\n".join([*text, note])
 
@@ -220,7 +223,7 @@ def compare(
     groups = group(read_runs(folders))
     base = choose_baseline(groups, baseline)
     window = curves_of(groups, metric, smooth)
-    level = float(curves.final(base.curves).mean())
+    level = float(curves.average(base.curves).mean[-1])
     entries = []
     for member in groups:
         mean, half_width = curves.interval(curves.final(member.curves))

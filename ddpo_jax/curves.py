@@ -101,7 +101,7 @@ def speed_up(baseline: Sequence[Curve], group: Sequence[Curve]) -> tuple[float |
     """
 
     def ratio(base: Sequence[Curve], other: Sequence[Curve]) -> float | None:
-        level = float(final(base).mean())
+        level = float(average(base).mean[-1])
         needs, has = queries_to(other, level), queries_to(base, level)
         return None if needs is None or has is None else has / needs
 

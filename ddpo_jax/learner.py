@@ -1,7 +1,7 @@
 """The learner: scalars per (sample, step) -> coefficients -> one gradient, summed over microbatches, steps and devices.
 
-For a loss L on StepTerms, the gradient is  sum over (n, s) of  dL/dterm[n, s] * grad term[n, s].  A separable loss gives
-its coefficients microbatch by microbatch (one pass); a loss that couples steps or samples gets all terms from one extra
+For a loss L on StepTerms, the gradient is  sum over (n, s) of  dL/dterm[n, s] * grad term[n, s].  A separable loss
+gives its coefficients microbatch by microbatch (one pass); a loss that couples steps or samples gets all terms from one extra
 forward pass first. Memory holds one microbatch of one step, whatever T is.
 """
 
@@ -113,7 +113,7 @@ class Learner:
         ema_decay: float = 0.0,
     ):
         """Args:
-        policy: guidance and schedule; its ``network`` field is replaced by ``network`` with the frozen parameters bound.
+        policy: guidance and schedule; the network is bound to it with the frozen parameters.
         network: the trained network.
         objective: loss and traits of the algorithm.
         tx: optimizer.
@@ -150,7 +150,7 @@ class Learner:
         updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - self._ema_decay) if self._ema_decay else state.ema
-        metrics |= {"grad_norm": optax.global_norm(grads)}
+        metrics |= {"grad_norm": optax.tree.norm(grads)}
         return dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema, step=state.step + 1), metrics
 
     def _log_prob(
@@ -207,8 +207,8 @@ class Learner:
         def coupled(coefficients: StepTerms, params: Params, rows: Array, column: Array) -> tuple[Array, StepTerms]:
             terms = terms_of(params, rows, column)
             scale = weight[rows, column][:, None]
-            products = jax.tree.map(lambda c, x: (c[rows, column][:, None] * scale * x).sum(), coefficients, terms)
-            return sum(jax.tree.leaves(products)), terms
+            products = jax.tree.map(lambda c, x: c[rows, column][:, None] * scale * x, coefficients, terms)
+            return sum((x.sum() for x in jax.tree.leaves(products)), jnp.zeros(())), terms
 
         surrogate = separable
         if not traits.separable:
@@ -311,10 +311,17 @@ def _map_pairs(terms_of: Callable[[Array, Array], StepTerms], batch: Minibatch, 
     """The terms of all pairs [n, S], one microbatch of one step at a time."""
     samples, steps = batch.steps.shape
     microbatch = math.gcd(samples, microbatch)
-    out = jax.lax.map(lambda index: terms_of(*index), _pair_indices(batch, microbatch))  # leaves [I, M, 1]
-    return jax.tree.map(
-        lambda x: x.reshape(samples // microbatch, steps, microbatch).swapaxes(1, 2).reshape(samples, steps), out
-    )
+
+    def values(index: tuple[Array, Array]) -> dict[str, Array]:
+        terms = vars(terms_of(*index))
+        return {name: value[:, 0] for name, value in terms.items() if value is not None}
+
+    stacked = jax.lax.map(values, _pair_indices(batch, microbatch))  # [I, M] each
+
+    def arrange(x: Array) -> Array:
+        return x.reshape(samples // microbatch, steps, microbatch).swapaxes(1, 2).reshape(samples, steps)
+
+    return StepTerms(**{name: arrange(x) for name, x in stacked.items()})
 
 
 def _no_statistics(traits: Traits) -> Stats:

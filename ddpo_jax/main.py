@@ -37,7 +37,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from ddpo_jax import config as configs
-from ddpo_jax import errors, find
+from ddpo_jax import cli, errors, find
 
 FLAGS = ("--config", "--workdir", "--help")
 
@@ -203,6 +203,7 @@ def prepare(config: ConfigDict) -> ConfigDict:
 
     from ddpo_jax.validate import validate
 
+    cli.cache_compilations()
     try:
         backend, devices = jax.default_backend(), jax.device_count()
     except (RuntimeError, AssertionError) as error:  # jax asserts that a platform it knows but lacks is there

@@ -36,12 +36,13 @@ class Size:
 
     unet: UNetConfig
     vae: VAEConfig
-    tokens: int  # of a prompt
-    prediction_type: str
+    text_params: int  # of the text encoder
+    tokens: int = 77  # of a prompt
+    prediction_type: str = "epsilon"
 
 
 SIZES = {  # both at 512 x 512 pixels
-    "sd15": Size(UNetConfig(sample_size=64, cross_attention_dim=768), _VAE, 77, "epsilon"),
+    "sd15": Size(UNetConfig(sample_size=64, cross_attention_dim=768), _VAE, 123_060_480),
     "sd21": Size(
         UNetConfig(
             sample_size=64,
@@ -50,8 +51,8 @@ SIZES = {  # both at 512 x 512 pixels
             use_linear_projection=True,
         ),
         _VAE,
-        77,
-        "v_prediction",
+        340_387_840,
+        prediction_type="v_prediction",
     ),
 }
 

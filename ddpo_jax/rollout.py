@@ -1,4 +1,4 @@
-"""Rollouts: prompts -> trajectories on the devices -> images -> rewards on host threads -> scored samples on the host."""
+"""Rollouts: prompts -> trajectories on devices -> images -> rewards on host threads -> scored samples on the host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from ddpo_jax import sharding
 from ddpo_jax.diffusion import sampler

@@ -1,7 +1,7 @@
 """The device mesh and where arrays live on it.
 
-Two axes, both carrying samples: ``data`` replicates the parameters, ``fsdp`` also splits them at rest (each device keeps
-a slice and gathers the whole for the time of a computation).
+Two axes, both carrying samples: ``data`` replicates the parameters, ``fsdp`` also splits them at rest (each device
+keeps a slice and gathers the whole for the time of a computation).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     count = jax.device_count()
     if fsdp < 1 or (data != -1 and data < 1):
         raise ValueError(
-            f"mesh: received data={data}, fsdp={fsdp}; sizes are positive (data may be -1: all devices); use data=-1, fsdp=1"
+            f"mesh: received data={data}, fsdp={fsdp}; sizes are positive (data may be -1: all devices); "
+            "use data=-1, fsdp=1"
         )
     wanted = (count // fsdp if data == -1 else data) * fsdp
     if wanted > count or wanted == 0 or (data == -1 and count % fsdp):
@@ -56,8 +57,15 @@ def param_specs(params: Any, mesh: Mesh) -> Any:
 
 
 def put_params(params: Any, mesh: Mesh) -> Any:
-    """Parameters (or optimizer state) on the mesh, split at rest."""
-    return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, param_specs(params, mesh))
+    """Parameters (or optimizer state) on the mesh, split at rest; shapes in their place become shapes of such."""
+
+    def put(x: Any, spec: P) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.device_put(x, sharding)
+
+    return jax.tree.map(put, params, param_specs(params, mesh))
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

@@ -65,11 +65,11 @@ class StepTerms:
 class Batch:
     """Data of the trained (sample, step) pairs that does not depend on the parameters."""
 
-    old_log_prob: Float[Array, "N S"]  # under the policy that sampled the trajectory
-    advantages: Float[Array, " N"]
-    rewards: Float[Array, " N"]
-    prompt_ids: Int[Array, " N"]  # equal for samples of the same prompt
-    mask: Float[Array, "N S"]  # 1 where the pair is trained, 0 where it is padding or excluded
+    old_log_prob: Float[AnyArray, "N S"]  # under the policy that sampled the trajectory
+    advantages: Float[AnyArray, " N"]
+    rewards: Float[AnyArray, " N"]
+    prompt_ids: Int[AnyArray, " N"]  # equal for samples of the same prompt
+    mask: Float[AnyArray, "N S"]  # 1 where the pair is trained, 0 where it is padding or excluded
     clip_range: float = struct.field(pytree_node=False, default=1e-4)  # on the mean log-prob ratio
     num_dims: int = struct.field(pytree_node=False, default=1)  # latent dimensions: sum = mean * num_dims
 

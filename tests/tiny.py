@@ -5,8 +5,10 @@ It learns nothing worth seeing: it is there so that every part of a run meets ev
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -43,6 +45,10 @@ UNET = UNetConfig(
     attention_head_dim=2,
     norm_num_groups=4,
 )
+# One level without attention but in the middle: a quarter of the program to compile, where many are.
+SMALLEST_UNET = dataclasses.replace(
+    UNET, down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), block_out_channels=(8,)
+)
 VAE = VAEConfig(
     down_block_types=("DownEncoderBlock2D",) * 3,
     up_block_types=("UpDecoderBlock2D",) * 3,
@@ -60,7 +66,9 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def tiny_pipeline_folder(path: pathlib.Path, *, seed: int = 0, scheduler: dict[str, Any] | None = None) -> pathlib.Path:
+def tiny_pipeline_folder(
+    path: pathlib.Path, *, seed: int = 0, scheduler: dict[str, Any] | None = None, unet: UNetConfig = UNET
+) -> pathlib.Path:
     """Writes a diffusers folder: latents 8 x 8 x 4, images 32 x 32, rows of 24 tokens. Returns ``path``.
 
     Beside it stands ``prompts.txt``, the prompts of ``tiny_config``.
@@ -69,6 +77,7 @@ def tiny_pipeline_folder(path: pathlib.Path, *, seed: int = 0, scheduler: dict[s
       path: the folder, made if missing.
       seed: of the random weights.
       scheduler: changes to the content of ``scheduler_config.json``.
+      unet: its sizes.
     """
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = train_bpe(PROMPTS, 560, path / "tokenizer", max_length=24)
@@ -83,12 +92,12 @@ def tiny_pipeline_folder(path: pathlib.Path, *, seed: int = 0, scheduler: dict[s
     )
     rng = np.random.default_rng(seed)
     tiny = pipeline.Pipeline(
-        unet=random_module(UNet2DCondition, UNET, rng),
+        unet=random_module(UNet2DCondition, unet, rng),
         vae=random_module(AutoencoderKL, VAE, rng),
         text_encoder=random_module(CLIPText, text, rng),
         tokenizer=tokenizer,
         configs={
-            "unet": dataclasses.asdict(UNET),
+            "unet": dataclasses.asdict(unet),
             "vae": dataclasses.asdict(VAE),
             "text_encoder": dataclasses.asdict(text),
             "scheduler": SCHEDULER | (scheduler or {}),
@@ -97,6 +106,14 @@ def tiny_pipeline_folder(path: pathlib.Path, *, seed: int = 0, scheduler: dict[s
     pipeline.save(tiny, path)
     (path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
     return path
+
+
+@contextlib.contextmanager
+def quick_compilation() -> Iterator[None]:
+    """Without XLA's optimisations a program of a tiny model compiles in less time, of which it is most of a test's."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def random_module(cls: Any, config: Any, rng: np.random.Generator) -> Any:
@@ -118,6 +135,10 @@ def tiny_config(folder: pathlib.Path, **overrides: Any) -> ConfigDict:
       overrides: dotted keys (``**{"train.lora_rank": 2}``); the name of a member brings the member's own keys.
     """
     config = configs.default_config()
-    given = {"model": str(folder), "prompts.name": "file", "prompts.path": str(folder / "prompts.txt")} | SETTINGS
-    configs.override(config, [(key, str(value)) for key, value in (given | overrides).items()])
+    configs.override(config, [(key, str(value)) for key, value in (settings(folder) | overrides).items()])
     return configs.resolve(config, jax.default_backend(), jax.device_count())
+
+
+def settings(folder: pathlib.Path) -> dict[str, Any]:
+    """The keys by which ``tiny_config`` differs from the defaults."""
+    return {"model": str(folder), "prompts.name": "file", "prompts.path": str(folder / "prompts.txt")} | SETTINGS

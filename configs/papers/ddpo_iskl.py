@@ -7,8 +7,9 @@ collapse:   ...ddpo_iskl.py:train.learning_rate=3e-3 (section 4.1: "bad hyperpar
 rewards:    ...:reward=jpeg_compressibility (here), jpeg_incompressibility, aesthetic
 miniature:  ...:model=mini (16 images)
 
-Table 1 has a batch of 16 and, for IS and ISKL, 8 samples per iteration: a minibatch is then all samples. Its 4 updates of
-SF on the same samples have no importance ratio to correct for the first three, which ``validate`` refuses: here one.
+Table 1 has a batch of 16 and, for IS and ISKL, 8 samples per iteration: a minibatch is then all samples. Its 4 updates
+of SF on the same samples lack an importance ratio that would correct for the earlier ones, which ``validate`` refuses:
+here it is one.
 """
 
 from ml_collections import ConfigDict

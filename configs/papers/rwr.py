@@ -5,8 +5,8 @@ sparse:     ...rwr.py:algorithm=rwr_sparse
 one round:  ...rwr.py:algorithm.refresh_every=0 (all samples from the pretrained model)
 miniature:  ...:model=mini (64 images in place of 256)
 
-Sampler, optimizer and images are those of ``ddpo.py``, with which 001 compares. For rewards other than the JPEG ones the
-weights are a softmax within a prompt (spec section 4): ``algorithm.softmax_over=prompt,prompts.samples_per_prompt=4``.
+Sampler, optimizer and images are those of ``ddpo.py``, with which 001 compares. For rewards other than the JPEG ones
+the weights are a softmax within a prompt (001): ``algorithm.softmax_over=prompt,prompts.samples_per_prompt=4``.
 """
 
 from ml_collections import ConfigDict
@@ -40,7 +40,7 @@ def get_config(arg: str = "") -> ConfigDict:
     on_miniature(config, images=64, update=16)
     with_choices(config, members)
     if config.algorithm.name == "rwr":
-        config.algorithm.temperature = 0.2  # spec section 4: the public default
+        config.algorithm.temperature = 0.2  # the public code's; the papers do not say
         config.algorithm.softmax_over = "batch"  # of the JPEG rewards
     if config.algorithm.name == "rwr_sparse":
         config.algorithm.threshold_by = "percentile"

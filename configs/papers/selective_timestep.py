@@ -45,7 +45,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.replay.k = 16  # 4 x 4 of 20 images, on one device
     with_choices(config, members)
     if config.algorithm.name == "dpok":
-        config.algorithm.reward_weight = 1000.0  # spec section 3: many prompts
+        config.algorithm.reward_weight = 1000.0  # the public code's, for many prompts
         config.algorithm.kl_coef = 0.01
     if config.algorithm.name == "b2_diffurl":
         config.prompts.samples_per_prompt = 4  # branches of a root; not in 000

@@ -45,7 +45,7 @@ class Sampler:
         def network(params: Any, *inputs: jax.Array) -> jax.Array:
             return nnx.merge(graphdef, params)(*inputs)
 
-        policy = Policy(network, schedule.make(pipe.scheduler_config, steps, eta), guidance)
+        policy = Policy(schedule.make(pipe.scheduler_config, steps, eta), guidance, network=network)
 
         def denoise(params: Any, keys: jax.Array, context: jax.Array, uncond: jax.Array) -> jax.Array:
             return sampler.sample(policy, params, keys, context, uncond, pipe.latent_shape).latents[:, -1]

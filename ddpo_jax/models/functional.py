@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
@@ -21,12 +22,15 @@ def flat_params(module: nnx.Module) -> Params:
     return {".".join(map(str, path)): variable[...] for path, variable in nnx.to_flat_state(nnx.state(module))}
 
 
-def functional(module: nnx.Module, trainable: Callable[[str], bool]) -> tuple[Callable[..., Array], Params, Params]:
+def functional(
+    module: nnx.Module, trainable: Callable[[str], bool], *, release: bool = False
+) -> tuple[Callable[..., Array], Params, Params]:
     """Splits a module into a pure function and its parameters.
 
     Args:
       module: any NNX module whose state is parameters only.
       trainable: says by dotted name whether a parameter is trained.
+      release: leave shapes in the module, so that the arrays live only as long as what is returned.
 
     Returns:
       ``apply(trained, frozen, *inputs)``, the trained parameters, the frozen parameters.
@@ -35,13 +39,20 @@ def functional(module: nnx.Module, trainable: Callable[[str], bool]) -> tuple[Ca
     paths = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
     trained = {name: variable.get_value() for name, (_, variable) in paths.items() if trainable(name)}
     frozen = {name: variable.get_value() for name, (_, variable) in paths.items() if name not in trained}
+    empty = {name: (path, variable.replace(_shape(variable.get_value()))) for name, (path, variable) in paths.items()}
+    if release:
+        nnx.update(module, nnx.from_flat_state(list(empty.values())))
 
     def apply(trained: Params, frozen: Params, *inputs: Array) -> Array:
         values = {**frozen, **trained}
-        flat = [(path, variable.replace(values[name])) for name, (path, variable) in paths.items()]
+        flat = [(path, variable.replace(values[name])) for name, (path, variable) in empty.items()]
         return nnx.merge(graphdef, nnx.from_flat_state(flat))(*inputs)
 
     return apply, trained, frozen
+
+
+def _shape(value: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(value.shape, value.dtype)
 
 
 def put(module: nnx.Module, params: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Running means and maxima: pytrees that hold a sum and its denominator, in the manner of ``clu.metrics``, so that merging
+"""Running means and maxima: pytrees that hold a sum and its denominator, in the manner of ``clu.metrics``. Merging
 microbatches of different sizes gives the figure of the whole and not an average of averages.
 """
 

@@ -1,7 +1,7 @@
-"""The replay buffer: the scored trajectories of the last epochs on the host, and the choice of which to train on again.
+"""The replay buffer: scored trajectories of the last epochs on the host, and the choice of which to train on again.
 
-Selective timestep weighting (000), Algorithm 1: after an epoch's own updates the best k trajectories per device come back
-with the advantages and log-probabilities they were sampled with; then the epoch enters and what is too old leaves.
+Selective timestep weighting (000), Algorithm 1: after an epoch's own updates the best k trajectories per device come
+back with the advantages and log-probabilities they were sampled with; then the epoch enters and what is too old leaves.
 """
 
 from __future__ import annotations
@@ -83,9 +83,7 @@ class Buffer:
         """Takes in the samples of ``epoch`` and drops those that the next epoch finds older than ``history``."""
         if self._source != "past":
             return
-        self._epochs = [
-            (sampled, samples) for sampled, samples in self._epochs if epoch - sampled < self._config.history
-        ]
+        self._epochs = [entry for entry in self._epochs if epoch - entry[0] < self._config.history]
         if not len(current):  # an algorithm that selects may have kept nothing
             return
         fields = {name: np.asarray(getattr(current, name), dtype) for name, dtype in _DTYPES.items()}

@@ -1,12 +1,12 @@
 """Steps count by the variance of their advantage, from a table that ``python -m ddpo_jax.measure`` wrote.
 
 Theory (000 section 4.1 and appendix A.4): given the advantage of the whole trajectory, step k has the expected share
-``sigma_k^2 / sum sigma_i^2`` of it. ``sigma_k`` is estimated by denoising to step k, branching into many continuations and
-taking the variance of the final reward.
+``sigma_k^2 / sum sigma_i^2`` of it. ``sigma_k`` is estimated by denoising to step k, branching into many continuations
+and taking the variance of the final reward.
 
 That variance is what *all* steps from k on contribute together, so it can only fall with k. The paper takes it for
-sigma_k^2 itself: ``form = "branch"``. The share of step k alone, by the law of total variance, is what it falls by at that
-step: ``form = "increment"``.
+sigma_k^2 itself: ``form = "branch"``. The share of step k alone, by the law of total variance, is what it falls by at
+that step: ``form = "increment"``.
 """
 
 from __future__ import annotations

@@ -1,0 +1,28 @@
+"""Claim: importance sampling is steadier than the score function, ISKL avoids collapse, ten times the learning rate
+collapses.
+
+Source: 004 Fig. 3 to 5, section 5. Show: curves, and the miniature CLIP's score and verifier for prompt adherence.
+"""
+
+BASELINE = "algorithm=ddpo"
+EVALUATE = {"prompts": "training", "samples-per-prompt": "10", "rewards": "{reward},clip_score,mini_verifier"}
+RATE = 1.5e-4  # of the preset on the miniature: 3e-4 * sqrt(16 / 64)
+
+
+def runs():
+    found = []
+    for reward in ("jpeg_compressibility", "jpeg_incompressibility", "aesthetic"):
+        base = f"../papers/ddpo_iskl.py:model=mini,reward={reward}"
+        found += [
+            {"panel": reward, "name": algorithm, "config": f"{base},algorithm={algorithm}"}
+            for algorithm in ("ddpo_sf", "ddpo", "ddpo_iskl")
+        ]
+        found.append(
+            {
+                "panel": reward,
+                "name": "ddpo_iskl_10x",
+                "config": f"{base},algorithm=ddpo_iskl",
+                "train.learning_rate": 10 * RATE,
+            }
+        )
+    return found

@@ -1,0 +1,21 @@
+"""Claim: weighting and replay carry over to DPOK and B2-DiffuRL.
+
+Source: 000 Fig. 7a. Show: queries to the final reward of each algorithm without them, one comparison per algorithm.
+"""
+
+BASELINE = "weighting=uniform,replay=none"
+
+
+def runs():
+    return [
+        {
+            "panel": algorithm,
+            "name": name,
+            "config": f"../papers/selective_timestep.py:model=mini,algorithm={algorithm},{choices}",
+        }
+        for algorithm in ("dpok", "b2_diffurl")
+        for name, choices in (
+            ("plain", "weighting=uniform,replay=none"),
+            ("both", "weighting=latent_change_squared,replay=hard"),
+        )
+    ]

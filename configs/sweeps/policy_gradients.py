@@ -1,0 +1,22 @@
+"""Claim: REINFORCE < REINFORCE with baseline < DDPO < LOOP with K = 2, 3, 4, here on all verifier categories together.
+
+Source: 003 Tables 1 to 3, Fig. 2 and 3. Show: final reward, and queries to DDPO's. One learning rate for all; REINFORCE
+makes one update of an epoch, as it must, the others two. Per category: policy_gradients_by_category.py.
+"""
+
+BASELINE = "algorithm=ddpo"
+METHODS = {
+    "reinforce": "algorithm=reinforce",
+    "reinforce_bc": "algorithm=reinforce_bc",
+    "ddpo": "algorithm=ddpo",
+    "loop_2": "algorithm=loop,prompts.samples_per_prompt=2",
+    "loop_3": "algorithm=loop,prompts.samples_per_prompt=3",
+    "loop_4": "algorithm=loop,prompts.samples_per_prompt=4",
+}
+
+
+def runs():
+    return [
+        {"panel": "all", "name": name, "config": f"../papers/loop.py:model=mini,{method}"}
+        for name, method in METHODS.items()
+    ]

@@ -1,0 +1,286 @@
+"""Measures rollout and update on the devices at hand: a table, or JSON with --json.
+
+Every time is the median of --repeats runs after a first one, which compiles; no compilation cache is used, so the
+first run is a cold one. A sample-step is one denoising step of one image: in the rollout one guided network call, in
+the update the gradient of its log-probability.
+
+examples:
+  python -m ddpo_jax.benchmark                                  the miniature: rollout, update, rewards per second
+  python -m ddpo_jax.benchmark --loop                           the convolution gradient inside a loop, by two rules
+  python -m ddpo_jax.benchmark --model=sd15 --random-weights    Stable Diffusion 1.5 (sd21: 2.1) at 512 x 512, bfloat16
+  python -m ddpo_jax.benchmark --model=sd15 --memory-only       what fits where: compiles, runs and allocates nothing
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from ddpo_jax import batching, capacity, cli, sharding
+from ddpo_jax import config as configs
+from ddpo_jax import epoch as epochs
+from ddpo_jax.build import Parts, build
+from ddpo_jax.learner import TrainState
+from ddpo_jax.models import layers
+from ddpo_jax.models.functional import functional
+from ddpo_jax.ops.advantages import PromptStats
+from ddpo_jax.random_model import SIZES, Size, random_model
+from ddpo_jax.rollout import generator
+from ddpo_jax.types import Samples
+from ddpo_jax.validate import validate
+
+FRACTIONS = (1.0, 0.4)  # parts of the steps that an update trains
+SLOW_STEPS = 2  # more steps of a full-size model take a CPU too long
+Row = tuple[str, float, str]  # what, value, unit
+
+
+def median_time(function: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """``(first call, median of the next)`` in seconds; waits for what ``function`` returns."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(function())
+        times.append(time.perf_counter() - start)
+    return times[0], statistics.median(times[1:])
+
+
+def measure(config: ConfigDict, parts: Parts, repeats: int, work: capacity.Work | None = None) -> list[Row]:
+    """Times of a run's own programs.
+
+    Args:
+      config: resolved, of the run.
+      parts: its parts; the trained parameters change.
+      repeats: timed runs of each.
+      work: operations of a sample, for the share of the chip's peak.
+    """
+    state, stats, options = parts.init(), PromptStats(), config.train
+    steps, trained = config.sample.num_steps, int(parts.collector.trained_steps.sum())
+    rollouts = []
+
+    def collect() -> None:
+        rollouts.append(parts.collector.collect(len(rollouts), state.params, parts.model.frozen, parts.uncond))
+
+    first, _ = median_time(collect, repeats)
+    images = len(rollouts[-1].samples)
+    sampling = statistics.median(rollout.rollout_s for rollout in rollouts[1:])
+    rows: list[Row] = [
+        ("rollout, per sample-step", 1e3 * sampling / (images * steps), "ms"),
+        ("rollout, with decoding", images / sampling, "images/s"),
+        ("rollout, first run (compiles)", first, "s"),
+        *share("rollout", work and work.rollout_step * steps + work.decode, images / sampling, parts),
+    ]
+    samples = rollouts[-1].samples
+    for fraction in FRACTIONS:
+        first, typical, state = time_update(config, parts, state, samples, fraction, repeats)
+        pairs = options.batch_size * max(1, round(fraction * trained))
+        name = f"update, timestep_fraction {fraction:g}"
+        rows += [
+            (f"{name}, per sample-step", 1e3 * typical / pairs, "ms"),
+            (name, options.batch_size / typical, "images/s"),
+            (f"{name}, first run (compiles)", first, "s"),
+            *share(name, work and work.update_step, pairs / typical, parts),
+        ]
+
+    def epoch() -> None:
+        nonlocal state
+        collect()
+        state, _ = epochs.update(parts, config, state, stats, rollouts[-1], len(rollouts) - 1)
+
+    _, typical = median_time(epoch, repeats)
+    rows += [("whole epoch", images / typical, "reward queries/s"), ("whole epoch", typical, "s")]
+    return rows + peak_memory()
+
+
+def time_update(
+    config: ConfigDict, parts: Parts, state: TrainState, samples: Samples, fraction: float, repeats: int
+) -> tuple[float, float, TrainState]:
+    """``(first, median of the next, state)`` of one optimizer update on ``train.batch_size`` images, in seconds."""
+    rows = np.resize(np.arange(len(samples)), config.train.batch_size)
+    trained = parts.collector.trained_steps
+    batches = batching.minibatches(
+        generator(config.seed, 0, 1), samples[rows], len(rows), trained, parts.traits, timestep_fraction=fraction
+    )
+    batch = sharding.put_batch(next(batches), parts.mesh)
+
+    def update() -> Any:
+        nonlocal state
+        state, metrics = parts.learner.update(state, parts.model.reference, parts.model.frozen, parts.uncond, batch)
+        return metrics
+
+    return *median_time(update, repeats), state
+
+
+def share(name: str, operations: float | None, per_second: float, parts: Parts) -> list[Row]:
+    """Operations per second and device, and their share of the peak where it is known."""
+    if not operations:
+        return []
+    rate = operations * per_second / parts.mesh.size
+    peak = capacity.peak_flops(jax.devices()[0].device_kind)
+    rows: list[Row] = [(f"{name}, operations per device", rate / 1e12, "TFLOP/s")]
+    return rows + ([(f"{name}, share of the chip's peak", 100 * rate / peak, "%")] if peak else [])
+
+
+def peak_memory() -> list[Row]:
+    """The most memory that the process and each device's allocator have held."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    rows: list[Row] = [("peak memory, host", kilobytes / 2**20, "GiB")]
+    used = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] for stats in used if stats and "peak_bytes_in_use" in stats]
+    return rows + ([("peak memory, device", max(peaks) / 2**30, "GiB")] if peaks else [])
+
+
+def plain_conv(x: Array, kernel: Array, stride: int, padding: layers.Padding) -> Array:
+    """The convolution with the gradients that XLA derives."""
+    return lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def loop_rows(repeats: int, channels: int = 64, size: int = 16, images: int = 16, length: int = 8) -> list[Row]:
+    """Gradient of one resnet block, summed over ``length`` batches: one call each, and inside a scan by two rules.
+
+    On CPU XLA's own kernel gradient of a convolution is many times slower inside a loop than outside
+    (``layers.conv``); on other devices both rules are the same.
+    """
+    block = layers.ResnetBlock2D(channels, channels, groups=8, epsilon=1e-5, rngs=nnx.Rngs(0))
+    apply, params, _ = functional(block, lambda name: True)
+    batches = jax.random.normal(jax.random.key(0), (length, images, size, size, channels))
+
+    def gradient(params: Any, x: Array) -> Any:
+        return jax.grad(lambda p: jnp.square(apply(p, {}, x)).mean())(params)
+
+    def scanned(params: Any, batches: Array) -> Any:
+        def add(total: Any, x: Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, x)), None
+
+        return lax.scan(add, jax.tree.map(jnp.zeros_like, params), batches)[0]
+
+    def timed(function: Callable[..., Any]) -> float:
+        compiled = jax.jit(function)
+        return 1e3 * median_time(lambda: compiled(params, batches), repeats)[1] / length
+
+    single = jax.jit(gradient)
+    outside = median_time(lambda: [single(params, x) for x in batches], repeats)[1]
+    ours, inside = layers.conv, timed(scanned)
+    layers.conv = plain_conv
+    try:
+        # A new function: jax keeps what it traced for the old one.
+        trapped = timed(lambda params, batches: scanned(params, batches))
+    finally:
+        layers.conv = ours
+    name = f"gradient of a resnet block, {images}x{size}x{size}x{channels}"
+    return [
+        (f"{name}: outside a loop", 1e3 * outside / length, "ms"),
+        (f"{name}: inside lax.scan, layers.conv", inside, "ms"),
+        (f"{name}: inside lax.scan, XLA's rule", trapped, "ms"),
+        ("XLA's rule over layers.conv", trapped / inside, "x"),
+    ]
+
+
+def memory_rows(config: ConfigDict, size: Size) -> list[Row]:
+    """The table of what fits where."""
+    rows: list[Row] = []
+    for entry in capacity.memory(config, size):
+        fits = ", ".join(entry.fits) or "none"
+        parts = (("resident", entry.resident), ("rollout", entry.rollout), ("update", entry.update))
+        rows += [(f"{entry.setting}: {name}", value / 2**30, "GiB") for name, value in parts]
+        rows[-1] = (f"{rows[-1][0]} (fits {fits})", *rows[-1][1:])
+    return rows
+
+
+def make_config(args: Namespace) -> ConfigDict:
+    """The resolved, valid config of the run to measure.
+
+    Raises:
+      ValueError: one line for each fault.
+    """
+    config = configs.default_config()
+    config.model = args.model
+    known = args.model in SIZES
+    if known and not (args.random_weights or args.memory_only):
+        raise ValueError(f"--model: received {args.model!r}, which has no weights of its own; add --random-weights")
+    if not known and (args.random_weights or args.memory_only):
+        raise ValueError(
+            f"--model: received {args.model!r} to be without weights; it must be one of {', '.join(SIZES)}"
+        )
+    if known:
+        config.dtype = "bfloat16"
+        config.sample.num_batches_per_epoch = 1
+    pairs = [("sample.num_steps", args.steps), ("sample.batch_size", args.batch), ("train.batch_size", args.batch)]
+    given = [(key, str(value)) for key, value in pairs if value is not None]
+    if args.batch is not None:
+        given.append(("sample.num_batches_per_epoch", "1"))
+    for text in args.set:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set: received {text!r}; it must be KEY=VALUE, such as train.lora_rank=0; add a value")
+        given.append((key, value))
+    configs.override(config, given)
+    config = configs.resolve(config, jax.default_backend(), jax.device_count())
+    validate(config, jax.device_count())
+    slow = jax.default_backend() == "cpu" and config.sample.num_steps > SLOW_STEPS
+    if known and slow and not args.memory_only and SIZES[args.model].unet.block_out_channels[0] >= 320:
+        raise ValueError(
+            f"--model: received {args.model!r} on a CPU, where a step of an image takes minutes; --steps must be at "
+            f"most {SLOW_STEPS} there; use --steps=1 --batch=4, --memory-only, or an accelerator"
+        )
+    return config
+
+
+def report(header: dict[str, Any], rows: list[Row], as_json: bool) -> str:
+    """The rows as a table, or everything as JSON."""
+    if as_json:
+        listed = [{"what": what, "value": value, "unit": unit} for what, value, unit in rows]
+        return json.dumps(header | {"rows": listed}, indent=2)
+    width = max(len(what) for what, *_ in rows)
+    lines = [", ".join(f"{key} {value}" for key, value in header.items())]
+    return "\n".join(lines + [f"{what:{width}}  {value:10.4g} {unit}" for what, value, unit in rows])
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    parser = cli.Parser("ddpo_jax.benchmark", __doc__)
+    parser.add_argument("--model", default="mini", help=f"mini, a folder, a hub id, or {', '.join(SIZES)}; mini")
+    parser.add_argument("--random-weights", action="store_true", help="for the models that have no weights here")
+    parser.add_argument("--memory-only", action="store_true", help="compile and print what memory it would take")
+    parser.add_argument("--loop", action="store_true", help="compare convolution gradients inside a loop")
+    parser.add_argument("--repeats", type=cli.positive, default=5, help="timed runs, of which the median; 5")
+    parser.add_argument("--steps", type=cli.positive, default=None, help="denoising steps; the model's default")
+    parser.add_argument("--batch", type=cli.positive, default=None, help="images of a rollout and an update")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the config")
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    args = parser.parse_args(argv)
+    jax.config.update("jax_enable_compilation_cache", False)
+    header: dict[str, Any] = {"devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
+    if args.loop:
+        print(report(header, loop_rows(args.repeats), args.json))
+        return
+    config = make_config(args)
+    train, size = config.train, SIZES[args.model] if args.model in SIZES else None
+    header |= {"model": config.model, "dtype": config.dtype, "steps": config.sample.num_steps}
+    header |= {"rollout batch": config.sample.batch_size, "update batch": train.batch_size}
+    header |= {"microbatch": train.microbatch_size, "guidance": config.sample.guidance_scale}
+    if size and args.memory_only:
+        print(report(header, memory_rows(config, size), args.json))
+        return
+    header |= {"adapter rank": train.lora_rank, "remat": train.remat, "repeats": args.repeats}
+    parts = build(config, random_model(config, size) if size else None)
+    with parts.reward:
+        rows = measure(config, parts, args.repeats, capacity.work(config, size) if size else None)
+    print(report(header, rows, args.json))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

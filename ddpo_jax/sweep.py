@@ -1,0 +1,304 @@
+"""Trains a list of configs with several seeds, one after another or in parallel, and compares them.
+
+FILE is a Python file (see configs/sweeps) whose docstring states the claim, with
+
+  runs()     a list of dicts: "config" (a config file with choices, as for --config, its path relative to FILE), "name",
+             optionally "panel" (only runs of a panel are compared with each other), and any config keys
+  BASELINE   optional: the settings of the baseline's group, see ddpo_jax.compare
+  METRIC     optional: what is compared; reward/mean
+  EVALUATE   optional: flags of ddpo_jax.evaluate, which then follows every run; {reward} stands for the run's reward
+
+A run is kept in OUT/<panel>/<name>/seed<seed>, its output in log.txt there. The same command goes on where it stopped:
+finished runs are skipped, others resume. A run that fails does not stop the others, but the exit code is 1.
+
+examples:
+  python -m ddpo_jax.sweep configs/sweeps/weighting_and_replay.py
+  python -m ddpo_jax.sweep configs/sweeps/iskl.py --seeds=0 --only='aesthetic/*' --config.num_epochs=4
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import os
+import pathlib
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from ddpo_jax import cli, compare, errors, metrics
+
+MARK = "sweep.json"  # in a run's folder: the commands that ended well
+PLAN_KEYS = ("panel", "name", "config")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run: where, and the commands by what they do, in order."""
+
+    panel: str
+    name: str
+    seed: int
+    workdir: pathlib.Path
+    commands: dict[str, list[str]]
+
+    def __str__(self) -> str:
+        return f"{self.panel}/{self.name} seed {self.seed}"
+
+
+def load(file: pathlib.Path) -> dict[str, Any]:
+    """The names that a sweep file defines.
+
+    Raises:
+      ValueError: in one line, why it is none.
+    """
+    fault = f"FILE: received '{file}'; "
+    if not file.is_file():
+        raise ValueError(f"{fault}there is no such file; give a sweep such as configs/sweeps/weighting_and_replay.py")
+    try:
+        plan = runpy.run_path(str(file))
+        plan["runs"] = plan["runs"]() if callable(plan.get("runs")) else None
+    except Exception as error:  # the file is the user's: it may raise anything
+        raise ValueError(f"{fault}{type(error).__name__}: {' '.join(str(error).split())}") from error
+    if not isinstance(plan["runs"], list):
+        raise ValueError(f"{fault}it defines no function runs() that returns a list of dicts; write one")
+    for run in plan["runs"]:
+        if not isinstance(run, dict) or "config" not in run or "name" not in run:
+            raise ValueError(f"{fault}runs() returned {run!r}; each must be a dict with 'name' and 'config'")
+    names = [(run.get("panel", "all"), run["name"]) for run in plan["runs"]]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{fault}two runs are named {'/'.join(twice[0])}; each needs a name of its own")
+    return plan
+
+
+def jobs(
+    plan: dict[str, Any], file: pathlib.Path, out: pathlib.Path, seeds: Sequence[int], only: str, extra: Sequence[str]
+) -> list[Job]:
+    """All runs, seed by seed, so that a first comparison is there early.
+
+    Args:
+      plan: of ``load``.
+      file: the sweep file.
+      out: folder of the sweep.
+      seeds: each run is trained with each.
+      only: glob patterns on ``<panel>/<name>``, with commas; empty = all.
+      extra: flags added to every training command.
+
+    Raises:
+      ValueError: ``only`` picks nothing.
+    """
+    patterns = [pattern.strip() for pattern in only.split(",") if pattern.strip()] or ["*"]
+    found = []
+    for seed in seeds:
+        for run in plan["runs"]:
+            panel, name = run.get("panel", "all"), run["name"]
+            if not any(fnmatch.fnmatchcase(f"{panel}/{name}", pattern) for pattern in patterns):
+                continue
+            workdir = out / panel / name / f"seed{seed}"
+            config, colon, choices = run["config"].partition(".py:")
+            path = os.path.normpath(file.parent / (config + ".py" * bool(colon)))
+            flags = [f"--config.{key}={value}" for key, value in run.items() if key not in PLAN_KEYS]
+            commands = {
+                "train": [
+                    *(sys.executable, "-m", "ddpo_jax.main", f"--config={path}{':' * bool(colon)}{choices}"),
+                    *(f"--workdir={workdir}", f"--config.seed={seed}", *flags, *extra),
+                ]
+            }
+            if "EVALUATE" in plan:
+                options = [f"--{key}={value}" for key, value in plan["EVALUATE"].items()]
+                out_flag = f"--out={workdir / 'evaluation'}"
+                commands["evaluate"] = [
+                    *(sys.executable, "-m", "ddpo_jax.evaluate", f"--workdir={workdir}", *options, out_flag)
+                ]
+            found.append(Job(panel, name, seed, workdir, commands))
+    if not found:
+        names = sorted({f"{run.get('panel', 'all')}/{run['name']}" for run in plan["runs"]})
+        raise ValueError(f"--only: received '{only}'; it picks none of {', '.join(names)}; use --only='{names[0]}'")
+    return found
+
+
+class Runner:
+    """Runs jobs as processes of their own and stops them when this process is asked to stop."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self._say = say
+        self._alive: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self.stopped = 0  # signal received
+
+    def run(self, todo: Sequence[Job], parallel: int) -> list[Job]:
+        """Runs all jobs; returns those that failed.
+
+        Raises:
+          errors.Interrupted: SIGTERM or SIGINT came; the runs in progress have saved.
+        """
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        before = {number: signal.signal(number, self._stop) for number in numbers}
+        failed, seconds = [], []
+        try:
+            with ThreadPoolExecutor(parallel) as pool:
+                futures = {pool.submit(self._job, job): job for job in todo}
+                for count, future in enumerate(as_completed(futures), 1):
+                    took, line, well = future.result()
+                    seconds += [took] if took else []
+                    left = metrics.duration(float(np.mean(seconds or [0])) * (len(todo) - count) / parallel)
+                    if not self.stopped:
+                        self._say(f"[{count}/{len(todo)}] {futures[future]}: {line}; ETA {left}")
+                        failed += [] if well else [futures[future]]
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if self.stopped:
+            raise errors.Interrupted(self.stopped, "stopped; runs in progress have saved, the same command goes on")
+        return failed
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = self.stopped or number
+        with self._lock:
+            for process in self._alive:
+                process.send_signal(signal.SIGTERM)
+
+    def _job(self, job: Job) -> tuple[float, str, bool]:
+        """``(seconds, what became of it, whether it ended well)``; 0 seconds if there was nothing to do."""
+        mark = job.workdir / MARK
+        done = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
+        start, idle = time.monotonic(), True
+        for kind, command in job.commands.items():
+            if done.get(kind) == command[1:]:  # without the interpreter's path
+                continue
+            idle = False
+            code = self._process(_filled(command, job.workdir), job.workdir)
+            if code:
+                return time.monotonic() - start, f"FAILED ({kind}, exit code {code}): {_last_line(job.workdir)}", False
+            done[kind] = command[1:]
+            mark.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+        seconds = 0.0 if idle else time.monotonic() - start
+        return seconds, _outcome(job.workdir) + (", done before" if idle else f" in {metrics.duration(seconds)}"), True
+
+    def _process(self, command: Sequence[str], workdir: pathlib.Path) -> int:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with open(workdir / "log.txt", "ab") as log:
+            with self._lock:
+                if self.stopped:
+                    return 128 + self.stopped
+                # A session of its own: Ctrl-C at the terminal reaches it once, through _stop.
+                process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+                self._alive.add(process)
+            code = process.wait()
+        with self._lock:
+            self._alive.discard(process)
+        return code
+
+
+def _filled(command: Sequence[str], workdir: pathlib.Path) -> list[str]:
+    """The command with the run's reward in the place of ``{reward}``, known once it was trained."""
+    if not any("{reward}" in word for word in command):
+        return list(command)
+    reward = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["reward"]["name"]
+    return [word.replace("{reward}", reward) for word in command]
+
+
+def _outcome(workdir: pathlib.Path) -> str:
+    rows = metrics.read_metrics(workdir)
+    if not rows:
+        return "no epochs"
+    first, last = rows[0], rows[-1]
+    return f"reward {first['reward/mean']:.4g} -> {last['reward/mean']:.4g}, {last['reward_queries']} queries"
+
+
+def _last_line(workdir: pathlib.Path) -> str:
+    lines = (workdir / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"{lines[-1] if lines else 'no output'} (see {workdir / 'log.txt'})"
+
+
+def evaluations(done: Sequence[Job]) -> dict[str, Any]:
+    """Means over seeds of what ddpo_jax.evaluate wrote, by name of the run: reward -> base, trained, seeds."""
+    found: dict[str, Any] = {}
+    for job in done:
+        path = job.workdir / "evaluation" / "evaluation.json"
+        if path.is_file():
+            for reward, row in json.loads(path.read_text(encoding="utf-8"))["rewards"].items():
+                entry = found.setdefault(job.name, {}).setdefault(reward, {"base": [], "trained": []})
+                for model in entry:
+                    entry[model].append(row[model]["mean"])
+    return {
+        name: {
+            reward: {model: float(np.mean(values)) for model, values in entry.items()} | {"seeds": len(entry["base"])}
+            for reward, entry in rewards.items()
+        }
+        for name, rewards in found.items()
+    }
+
+
+def summarise(todo: Sequence[Job], failed: Sequence[Job], out: pathlib.Path, plan: dict[str, Any]) -> list[str]:
+    """Compares the finished runs of each panel; returns the tables as text."""
+    texts = []
+    for panel in dict.fromkeys(job.panel for job in todo):
+        done = [job for job in todo if job.panel == panel and job not in failed]
+        if not done:
+            continue
+        folder = out / panel
+        names = [str(job.workdir) for job in done]
+        metric = plan.get("METRIC", "reward/mean")
+        baseline, note = plan.get("BASELINE", ""), ""
+        if baseline and not compare.matching(compare.group(compare.read_runs(names)), baseline):
+            baseline, note = "", f"\nno run of {baseline} among these (--only, or it failed): another baseline"
+        result = compare.compare(names, folder, metric, baseline, title=panel)
+        texts.append(f"{panel} ({folder}/compare.json, compare_queries.png)\n{compare.table(result)}{note}")
+        if scores := evaluations(done):
+            (folder / "evaluations.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+            lines = [
+                f"  {name}  {reward}: {row['base']:.4g} -> {row['trained']:.4g} ({row['seeds']} seeds)"
+                for name, rewards in scores.items()
+                for reward, row in rewards.items()
+            ]
+            texts.append("\n".join([f"{panel}: evaluated, untrained -> trained", *lines]))
+    return texts
+
+
+def _seeds(text: str) -> list[int]:
+    numbers = [item.strip() for item in text.split(",")]
+    if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+        raise ValueError(f"--seeds: received '{text}'; it must be different whole numbers with commas; use 0,1,2")
+    return [int(number) for number in numbers]
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    parser = cli.Parser("ddpo_jax.sweep", __doc__)
+    parser.add_argument("file", metavar="FILE", help="a sweep file")
+    parser.add_argument("--out", default="", help="folder of the runs; runs/sweeps/<name of FILE>")
+    parser.add_argument("--parallel", type=cli.positive, default=1, help="runs at the same time; 1")
+    parser.add_argument("--only", default="", help="glob patterns on <panel>/<name>, with commas; all")
+    parser.add_argument("--seeds", default="0,1,2", help="of each run; 0,1,2")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    own = [word for word in argv if not word.startswith("--config.")]
+    extra = [word for word in argv if word.startswith("--config.")]
+    args = parser.parse_args(own)
+    if wrong := [word for word in extra if "=" not in word]:
+        raise ValueError(f"{wrong[0]}: received no value; write {wrong[0]}=VALUE, which every run gets")
+    file = pathlib.Path(args.file)
+    plan = load(file)
+    out = pathlib.Path(args.out).expanduser() if args.out else pathlib.Path("runs") / "sweeps" / file.stem
+    todo = jobs(plan, file, out, _seeds(args.seeds), args.only, extra)
+    if args.dry_run:
+        print("\n".join(" ".join(command) for job in todo for command in job.commands.values()))
+        return
+    failed = Runner(lambda line: print(line, file=sys.stderr, flush=True)).run(todo, args.parallel)
+    print("\n\n".join(summarise(todo, failed, out, plan)))
+    if failed:
+        raise errors.RunFailure(f"{len(failed)} of {len(todo)} runs failed: {', '.join(map(str, failed))}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,134 @@
+"""The benchmark end to end on a tiny model, its refusals, and its counts against sums done by hand."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+from ddpo_jax import benchmark, capacity, cli
+from ddpo_jax import config as configs
+from ddpo_jax.random_model import SIZES, Size
+
+TINY = Size(tiny.UNET, tiny.VAE, text_params=1000, tokens=6, prediction_type="v_prediction")
+FEW = ["--model=tiny", "--steps=2", "--batch=8", "--repeats=1", "--set=prompts.samples_per_prompt=2", "--json"]
+FEW += ["--set=mesh.data=1"]
+
+
+@pytest.fixture
+def sizes(monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", TINY)
+
+
+def command(*argv):
+    return cli.run(benchmark.main, argv)
+
+
+def test_random_weights_run_and_every_number_is_positive(sizes, capsys):
+    assert command(*FEW, "--random-weights") == 0
+    result = json.loads(capsys.readouterr().out)
+    rows = {row["what"]: row for row in result["rows"]}
+    assert result["dtype"] == "bfloat16" and result["adapter rank"] == 4
+    assert all(np.isfinite(row["value"]) and row["value"] > 0 for row in rows.values())
+    names = "\n".join(rows)
+    for part in ("rollout, per sample-step", "timestep_fraction 0.4, per", "compiles", "operations", "memory, host"):
+        assert part in names
+    # 8 images of 2 steps: milliseconds per sample-step and images per second are the same measurement
+    per_step, rate = rows["rollout, per sample-step"]["value"], rows["rollout, with decoding"]["value"]
+    assert per_step == pytest.approx(1e3 / (2 * rate))
+    assert rows["rollout, first run (compiles)"]["value"] > 8 / rate
+
+
+def test_memory_only_allocates_nothing_and_counts_what_is_resident(sizes, capsys):
+    assert command(*FEW, "--memory-only") == 0
+    rows = {row["what"]: row["value"] * 2**30 for row in json.loads(capsys.readouterr().out)["rows"]}
+    whole = {name: value for name, value in rows.items() if name.startswith("whole UNet, remat off")}
+    resident = whole["whole UNet, remat off: resident"]
+    count = sum(np.prod(s) for s in _shapes(tiny.UNET))
+    vae = sum(np.prod(s) for s in _shapes(tiny.VAE))
+    # float32 parameters and AdamW's two moments, two counters; the VAE and the text encoder
+    assert resident == pytest.approx(4 * (3 * count + vae + TINY.text_params), abs=64)
+    assert all(value > resident for name, value in whole.items() if "resident" not in name)
+    adapters = rows["adapters of rank 4, remat off: resident"]
+    assert adapters < resident
+    assert "(fits H100, A100, TPU v4, TPU v5e)" in "".join(rows)
+
+
+def _shapes(config):
+    from ddpo_jax.models import keys
+    from ddpo_jax.models.unet import UNet2DCondition
+    from ddpo_jax.models.vae import AutoencoderKL
+
+    return keys.upstream_shapes(
+        keys.abstract(UNet2DCondition if config is tiny.UNET else AutoencoderKL, config)
+    ).values()
+
+
+def test_the_work_of_training_everything_is_three_forwards_and_of_adapters_two():
+    config = configs.default_config()
+    config.model = "tiny"
+    work = {}
+    for rank in (0, 1):
+        config.train.lora_rank = rank
+        work[rank] = capacity.work(configs.resolve(config, "cpu"), TINY)
+    assert work[0].update_step / work[0].rollout_step == pytest.approx(3, rel=0.1)
+    assert 1.8 < work[1].update_step / work[1].rollout_step < 2.6
+    config.sample.guidance_scale = 1.0
+    once = capacity.work(configs.resolve(config, "cpu"), TINY)
+    assert once.rollout_step == pytest.approx(work[1].rollout_step / 2, rel=0.01)
+
+
+def test_sizes_are_the_published_ones():
+    """Parameters of the UNet: 859 520 964 and 865 910 724 (model cards of Stable Diffusion 1.5 and 2.1)."""
+    assert sum(np.prod(s) for s in _shapes_of(SIZES["sd15"])) == 859_520_964
+    assert sum(np.prod(s) for s in _shapes_of(SIZES["sd21"])) == 865_910_724
+
+
+def _shapes_of(size):
+    from ddpo_jax.models import keys
+    from ddpo_jax.models.unet import UNet2DCondition
+
+    return keys.upstream_shapes(keys.abstract(UNet2DCondition, size.unet)).values()
+
+
+@pytest.mark.parametrize(
+    ("kind", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("TPU v5 lite", 197),
+        ("TPU v5p", 459),
+        ("TPU v4", 275),
+        ("cpu", None),
+    ],
+)
+def test_peaks(kind, teraflops):
+    assert capacity.peak_flops(kind) == (teraflops and teraflops * 1e12)
+
+
+def test_loop_compares_two_rules_and_puts_the_first_back(capsys):
+    from ddpo_jax.models import layers
+
+    rule = layers.conv
+    rows = benchmark.loop_rows(1, channels=8, size=4, images=2, length=2)
+    assert layers.conv is rule
+    assert [unit for *_, unit in rows] == ["ms", "ms", "ms", "x"] and all(value > 0 for _, value, _ in rows)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--model=sd15"], "add --random-weights"),
+        (["--model=sd15", "--random-weights"], "--steps must be at most 2"),
+        (["--model=mini", "--random-weights"], "it must be one of sd15, sd21"),
+        (["--set=train.lora_rank"], "--set: received 'train.lora_rank'"),
+        (["--set=train.lora_ranks=1"], "unknown key 'train.lora_ranks'"),
+        (["--repeats=0"], "--repeats"),
+        (["--model=nowhere"], "no such folder"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(capsys, argv, message):
+    assert command(*argv) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1 and message in printed, printed
