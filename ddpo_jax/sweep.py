@@ -24,6 +24,7 @@ import json
 import os
 import pathlib
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,7 +45,7 @@ PLAN_KEYS = ("panel", "name", "config")
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One run: where, and the commands by what they do, in order."""
+    """One run: where, and its commands by what they do, in order."""
 
     panel: str
     name: str
@@ -108,18 +109,13 @@ def jobs(
             config, colon, choices = run["config"].partition(".py:")
             path = os.path.normpath(file.parent / (config + ".py" * bool(colon)))
             flags = [f"--config.{key}={value}" for key, value in run.items() if key not in PLAN_KEYS]
-            commands = {
-                "train": [
-                    *(sys.executable, "-m", "ddpo_jax.main", f"--config={path}{':' * bool(colon)}{choices}"),
-                    *(f"--workdir={workdir}", f"--config.seed={seed}", *flags, *extra),
-                ]
-            }
+            where, python = f"--workdir={workdir}", [sys.executable, "-m"]
+            given = f"--config={path}{':' * bool(colon)}{choices}"
+            commands = {"train": [*python, "ddpo_jax.main", given, where, f"--config.seed={seed}", *flags, *extra]}
             if "EVALUATE" in plan:
                 options = [f"--{key}={value}" for key, value in plan["EVALUATE"].items()]
-                out_flag = f"--out={workdir / 'evaluation'}"
-                commands["evaluate"] = [
-                    *(sys.executable, "-m", "ddpo_jax.evaluate", f"--workdir={workdir}", *options, out_flag)
-                ]
+                options.append(f"--out={workdir / 'evaluation'}")
+                commands["evaluate"] = [*python, "ddpo_jax.evaluate", where, *options]
             found.append(Job(panel, name, seed, workdir, commands))
     if not found:
         names = sorted({f"{run.get('panel', 'all')}/{run['name']}" for run in plan["runs"]})
@@ -131,6 +127,7 @@ class Runner:
     """Runs jobs as processes of their own and stops them when this process is asked to stop."""
 
     def __init__(self, say: Callable[[str], None]):
+        """``say`` gets one line for each run that ended."""
         self._say = say
         self._alive: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
@@ -180,6 +177,9 @@ class Runner:
             code = self._process(_filled(command, job.workdir), job.workdir)
             if code:
                 return time.monotonic() - start, f"FAILED ({kind}, exit code {code}): {_last_line(job.workdir)}", False
+            if kind == "train":  # what was evaluated before is of another run
+                shutil.rmtree(job.workdir / "evaluation", ignore_errors=True)
+                done = {}
             done[kind] = command[1:]
             mark.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
         seconds = 0.0 if idle else time.monotonic() - start
@@ -242,14 +242,12 @@ def evaluations(done: Sequence[Job]) -> dict[str, Any]:
 
 def summarise(todo: Sequence[Job], failed: Sequence[Job], out: pathlib.Path, plan: dict[str, Any]) -> list[str]:
     """Compares the finished runs of each panel; returns the tables as text."""
-    texts = []
+    metric, texts = plan.get("METRIC", "reward/mean"), []
     for panel in dict.fromkeys(job.panel for job in todo):
         done = [job for job in todo if job.panel == panel and job not in failed]
         if not done:
             continue
-        folder = out / panel
-        names = [str(job.workdir) for job in done]
-        metric = plan.get("METRIC", "reward/mean")
+        folder, names = out / panel, [str(job.workdir) for job in done]
         baseline, note = plan.get("BASELINE", ""), ""
         if baseline and not compare.matching(compare.group(compare.read_runs(names)), baseline):
             baseline, note = "", f"\nno run of {baseline} among these (--only, or it failed): another baseline"
@@ -257,12 +255,12 @@ def summarise(todo: Sequence[Job], failed: Sequence[Job], out: pathlib.Path, pla
         texts.append(f"{panel} ({folder}/compare.json, compare_queries.png)\n{compare.table(result)}{note}")
         if scores := evaluations(done):
             (folder / "evaluations.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-            lines = [
-                f"  {name}  {reward}: {row['base']:.4g} -> {row['trained']:.4g} ({row['seeds']} seeds)"
-                for name, rewards in scores.items()
-                for reward, row in rewards.items()
-            ]
-            texts.append("\n".join([f"{panel}: evaluated, untrained -> trained", *lines]))
+            lines = [f"{panel}: evaluated, untrained -> trained"]
+            for name, rewards in scores.items():
+                for reward, row in rewards.items():
+                    numbers = f"{row['base']:.4g} -> {row['trained']:.4g} ({row['seeds']} seeds)"
+                    lines.append(f"  {name}  {reward}: {numbers}")
+            texts.append("\n".join(lines))
     return texts
 
 

@@ -157,7 +157,10 @@ def write_safetensors(
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     header = {"format": "pt", **(metadata or {})}
+    partial.touch()
+    mode = partial.stat().st_mode  # as the umask has it; save_file leaves a file that only its owner can read
     save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, partial, header)
+    os.chmod(partial, mode)
     os.replace(partial, path)
 
 

@@ -12,7 +12,6 @@ from ddpo_jax.random_model import SIZES, Size
 
 TINY = Size(tiny.UNET, tiny.VAE, text_params=1000, tokens=6, prediction_type="v_prediction")
 FEW = ["--model=tiny", "--steps=2", "--batch=8", "--repeats=1", "--set=prompts.samples_per_prompt=2", "--json"]
-FEW += ["--set=mesh.data=1"]
 
 
 @pytest.fixture

@@ -122,7 +122,7 @@ def config_file(folder, tmp_path):
         "    config = configs.default_config()\n"
         f"    given = [('model', {str(folder)!r}), ('prompts.name', 'file'),\n"
         f"             ('prompts.path', {str(folder / 'prompts.txt')!r}), ('sample.num_steps', '2'),\n"
-        "             ('sample.batch_size', '8'), ('sample.num_batches_per_epoch', '1')]\n"
+        "             ('sample.batch_size', '8'), ('sample.num_batches_per_epoch', '1'), ('train.batch_size', '8')]\n"
         "    configs.override(config, given)\n"
         "    return configs.with_choices(config, arg)\n"
     )

@@ -28,7 +28,8 @@ echo "$@" >> "{calls}"
 for word in "$@"; do case $word in --workdir=*) dir=${{word#--workdir=}};; --out=*) out=${{word#--out=}};; esac; done
 case "$*" in
   *ddpo_jax.evaluate*) mkdir -p "$out"
-    echo '{{"rewards": {{"r": {{"base": {{"mean": 1.0}}, "trained": {{"mean": 3.0}}}}}}}}' > "$out/evaluation.json"; exit 0;;
+    echo '{{"rewards": {{"r": {{"base": {{"mean": 1.0}}, "trained": {{"mean": 3.0}}}}}}}}' > "$out/evaluation.json"
+    exit 0;;
   *two.py*) echo "error: no such reward" >&2; exit 2;;
   *slow.py*) trap 'exit 143' TERM; for i in $(seq 200); do sleep 0.05; done; exit 0;;
 esac
@@ -120,6 +121,10 @@ def test_a_run_is_followed_by_its_evaluation(standin, tmp_path, capsys):
         "ddpo": {"r": {"base": 1.0, "trained": 3.0, "seeds": 2}}
     }
     assert "ddpo  r: 1 -> 3 (2 seeds)" in capsys.readouterr().out
+    stale = out / "p" / "ddpo" / "seed0" / "evaluation" / "settings.json"
+    stale.write_text("{}")
+    assert run(file, f"--out={out}", "--seeds=0", "--only=p/ddpo", "--config.num_epochs=9") == 0
+    assert not stale.exists() and len(calls.read_text().splitlines()) == 6  # trained on, so evaluated anew
 
 
 def test_a_signal_stops_the_runs_and_starts_no_other(standin, tmp_path):

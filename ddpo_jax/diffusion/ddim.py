@@ -16,9 +16,13 @@ def predictions(
     model_output: Float[Array, "B h w c"],
     latents: Float[Array, "B h w c"],
     alpha: Float[Array, " B"],
+    sigma: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
-    """The clean latents and the noise that a network output stands for: ``(x0_hat, eps_hat)``."""
-    signal, noise = _column(jnp.sqrt(alpha)), _column(jnp.sqrt(1 - alpha))
+    """The clean latents and the noise that a network output stands for: ``(x0_hat, eps_hat)``.
+
+    ``sigma`` is sqrt(1 - alpha), where it is known better than by the float32 difference.
+    """
+    signal, noise = _column(jnp.sqrt(alpha)), _column(jnp.sqrt(1 - alpha) if sigma is None else sigma)
     if schedule.prediction_type == "epsilon":
         return (latents - noise * model_output) / signal, model_output
     if schedule.prediction_type == "v_prediction":
@@ -44,11 +48,9 @@ def step(
       mean [B, h, w, c] and standard deviation [B] (0 where the schedule has no noise).
     """
     model_output, latents = model_output.astype(jnp.float32), latents.astype(jnp.float32)
-    alpha, alpha_prev, std = schedule.alpha[index], schedule.alpha_prev[index], schedule.std[index]
-    x0, eps = predictions(schedule, model_output, latents, alpha)
-    # max: with set_alpha_to_one the last direction is exactly 0, and rounding must not make it imaginary
-    direction = jnp.sqrt(jnp.maximum(1 - alpha_prev - std**2, 0.0))
-    return _column(jnp.sqrt(alpha_prev)) * x0 + _column(direction) * eps, std
+    x0, eps = predictions(schedule, model_output, latents, schedule.alpha[index], schedule.sigma[index])
+    mean = _column(jnp.sqrt(schedule.alpha_prev[index])) * x0 + _column(schedule.direction[index]) * eps
+    return mean, schedule.std[index]
 
 
 def add_noise(

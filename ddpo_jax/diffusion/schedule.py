@@ -26,6 +26,9 @@ class Schedule:
     alpha: Float[Array, " T"]  # alphas_cumprod at the step's timestep
     alpha_prev: Float[Array, " T"]  # and at the timestep it leads to
     std: Float[Array, " T"]  # of the step's Gaussian: eta * sqrt(posterior variance)
+    # Rounded once: near alpha = 1 the float32 difference 1 - alpha is off by up to 4e-5 of itself.
+    sigma: Float[Array, " T"]  # sqrt(1 - alpha)
+    direction: Float[Array, " T"]  # sqrt(1 - alpha_prev - std^2): factor of the noise prediction in the mean
     alphas_cumprod: Float[Array, " train"]  # of all training timesteps
     trainable: Bool[np.ndarray, " T"] = struct.field(pytree_node=False)  # False where std = 0: no density exists there
     prediction_type: str = struct.field(pytree_node=False)
@@ -84,6 +87,9 @@ def make(config: Mapping[str, Any], num_steps: int, eta: float) -> Schedule:
         alpha=jnp.asarray(alpha, jnp.float32),
         alpha_prev=jnp.asarray(alpha_prev, jnp.float32),
         std=jnp.asarray(std, jnp.float32),
+        sigma=jnp.asarray(np.sqrt(1 - alpha), jnp.float32),
+        # max: with set_alpha_to_one the last direction is exactly 0, and rounding must not make it imaginary
+        direction=jnp.asarray(np.sqrt(np.maximum(1 - alpha_prev - std**2, 0.0)), jnp.float32),
         alphas_cumprod=jnp.asarray(alphas_cumprod, jnp.float32),
         trainable=std > 0,
         prediction_type=options["prediction_type"],
