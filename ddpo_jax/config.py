@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ddpo_jax import find
-from ddpo_jax.keys import TYPE_NAMES, flatten, get, parse, put, split
+from ddpo_jax.keys import TYPE_NAMES, flatten, get, parse, put, split, unquoted
 
 # Section of the config -> package that holds its members.
 FAMILIES = {
@@ -271,7 +271,7 @@ def with_choices(config: ConfigDict, arg: str) -> ConfigDict:
             faults.append(f"config argument: received {item!r}; it must be key=value, such as algorithm=loop")
             continue
         key = key.strip()
-        pairs.append((f"{key}.name" if key in FAMILIES else key, value.strip()))
+        pairs.append((f"{key}.name" if key in FAMILIES else key, unquoted(value.strip())))
     if faults:
         raise ValueError("\n".join(faults))
     override(config, pairs)

@@ -69,6 +69,12 @@ def parse(text: str, kind: type | None, elements: type | None = None) -> Any:
         return text
 
 
+def unquoted(text: str) -> str:
+    """``text`` without the quotes around it, if one pair of them holds all of it."""
+    whole = len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" and text[0] not in text[1:-1]
+    return text[1:-1] if whole else text
+
+
 def split(text: str) -> list[str]:
     """The parts between commas that are outside brackets and quotes, stripped, without empty ones."""
     parts, depth, quote = [""], 0, ""

@@ -118,7 +118,7 @@ def jobs(
                 commands["evaluate"] = [*python, "ddpo_jax.evaluate", where, *options]
             found.append(Job(panel, name, seed, workdir, commands))
     if not found:
-        names = sorted({f"{run.get('panel', 'all')}/{run['name']}" for run in plan["runs"]})
+        names = sorted(f"{run.get('panel', 'all')}/{run['name']}" for run in plan["runs"])
         raise ValueError(f"--only: received '{only}'; it picks none of {', '.join(names)}; use --only='{names[0]}'")
     return found
 
@@ -202,9 +202,8 @@ class Runner:
 
 def _filled(command: Sequence[str], workdir: pathlib.Path) -> list[str]:
     """The command with the run's reward in the place of ``{reward}``, known once it was trained."""
-    if not any("{reward}" in word for word in command):
-        return list(command)
-    reward = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["reward"]["name"]
+    path = workdir / "config.json"  # absent before training, whose command has no such word
+    reward = json.loads(path.read_text(encoding="utf-8"))["reward"]["name"] if path.is_file() else ""
     return [word.replace("{reward}", reward) for word in command]
 
 
@@ -212,13 +211,13 @@ def _outcome(workdir: pathlib.Path) -> str:
     rows = metrics.read_metrics(workdir)
     if not rows:
         return "no epochs"
-    first, last = rows[0], rows[-1]
-    return f"reward {first['reward/mean']:.4g} -> {last['reward/mean']:.4g}, {last['reward_queries']} queries"
+    first, last = rows[0]["reward/mean"], rows[-1]["reward/mean"]
+    return f"reward {first:.4g} -> {last:.4g}, {rows[-1]['reward_queries']} queries"
 
 
 def _last_line(workdir: pathlib.Path) -> str:
-    lines = (workdir / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"{lines[-1] if lines else 'no output'} (see {workdir / 'log.txt'})"
+    path = workdir / "log.txt"
+    return f"{path.read_text(errors='replace').strip().rpartition(chr(10))[2] or 'no output'} (see {path})"
 
 
 def evaluations(done: Sequence[Job]) -> dict[str, Any]:
@@ -265,8 +264,8 @@ def summarise(todo: Sequence[Job], failed: Sequence[Job], out: pathlib.Path, pla
 
 
 def _seeds(text: str) -> list[int]:
-    numbers = [item.strip() for item in text.split(",")]
-    if not all(number.isdecimal() for number in numbers) or len(set(numbers)) < len(numbers):
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers) or len({*map(int, numbers)}) < len(numbers):
         raise ValueError(f"--seeds: received '{text}'; it must be different whole numbers with commas; use 0,1,2")
     return [int(number) for number in numbers]
 
@@ -280,9 +279,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--only", default="", help="glob patterns on <panel>/<name>, with commas; all")
     parser.add_argument("--seeds", default="0,1,2", help="of each run; 0,1,2")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
-    own = [word for word in argv if not word.startswith("--config.")]
     extra = [word for word in argv if word.startswith("--config.")]
-    args = parser.parse_args(own)
+    args = parser.parse_args([word for word in argv if word not in extra])
     if wrong := [word for word in extra if "=" not in word]:
         raise ValueError(f"{wrong[0]}: received no value; write {wrong[0]}=VALUE, which every run gets")
     file = pathlib.Path(args.file)

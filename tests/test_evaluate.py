@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from tiny import quick_compilation  # noqa: F401
 
 from ddpo_jax import evaluate
 from ddpo_jax.build import load_model
@@ -69,7 +68,8 @@ def painted(monkeypatch):
 
 def test_both_models_are_scored_on_the_same_noise(command, run, tmp_path, capsys):
     config, model = run
-    code, result = command("--samples-per-prompt=3", "--batch-size=8")
+    with tiny.quick_compilation():
+        code, result = command("--samples-per-prompt=3", "--batch-size=8")
     assert code == 0
     assert sorted(result["settings"]["prompts"]) == sorted(tiny.PROMPTS)
     assert CALLS == [8, 4, 8, 4]  # 12 images of each model
@@ -85,7 +85,8 @@ def test_both_models_are_scored_on_the_same_noise(command, run, tmp_path, capsys
     for label, params in (("base", model.reference), ("trained", model.params)):
         context = pipe.embed([prompt for prompt in result["settings"]["prompts"] for _ in range(3)])
         keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(0), number))(np.arange(12))
-        images = np.asarray(pipe.decode(draw(params, keys, context, pipe.embed([""])[0])))
+        with tiny.quick_compilation():
+            images = np.asarray(pipe.decode(draw(params, keys, context, pipe.embed([""])[0])))
         scores[label] = brightness(images, ["circle"] * 12, None)[0].reshape(4, 3)
     for label, values in scores.items():
         assert result["rewards"]["own"][label]["mean"] == pytest.approx(values.mean(), abs=0.05)
@@ -106,8 +107,8 @@ def test_an_interrupted_evaluation_goes_on_and_another_is_refused(command, paint
     code, again = command(*flags)
     assert code == 0 and CALLS == [8] and again == whole
     capsys.readouterr()
-    assert command(*flags, "--seed=1")[0] == 2
-    assert "which holds an evaluation with other seed; use another --out" in capsys.readouterr().err
+    assert command(*flags, "--epoch=3")[0] == 2
+    assert "which holds an evaluation with other epoch; use another --out" in capsys.readouterr().err
 
 
 def test_an_untrained_run_differs_by_nothing(command, painted, run, monkeypatch):
@@ -157,7 +158,7 @@ def test_prompts_are_the_runs_the_novel_ones_or_a_files(run, tmp_path):
 def test_rewards_are_named_with_options(run):
     config, _ = run
     assert [*evaluate.make_rewards(config, "")] == ["jpeg_compressibility"]
-    text = "jpeg_incompressibility,weighted[rewards='jpeg_compressibility=2']"
+    text = "jpeg_incompressibility,weighted[rewards='jpeg_compressibility=1,jpeg_incompressibility=-1']"
     rewards = evaluate.make_rewards(config, text)
     images = np.random.default_rng(0).integers(256, size=(2, 32, 32, 3), dtype=np.uint8)
     plain, doubled = (reward(images, ["a"] * 2, [{}] * 2)[0] for reward in rewards.values())

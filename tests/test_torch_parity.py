@@ -171,8 +171,10 @@ def test_two_updates_equal_pytorch(folder):
         loss, gradients, norm, outside = theirs.update(
             latents[rows], log_prob[rows], their_context[rows], their_null, their_advantages[rows]
         )
-        print(update, float(ours["loss"]), loss, float(ours["grad_norm"]), norm, outside, float(ours["ratio_deviation"]))
-        print(worst(under_their_names(state.opt_state[0]), gradients, lambda x: np.abs(x).max()))
-        print(worst(under_their_names(state.opt_state[0]), gradients, lambda x: norm))
-        print(worst(under_their_names(state.params), {k:v.detach().numpy() for k,v in theirs.unet.named_parameters()}, lambda x: LEARNING_RATE))
-    raise SystemExit
+        print(update, float(ours["loss"]), loss, float(ours["grad_norm"]), norm, outside, float(ours["ratio_deviation"]), float(ours["clip_fraction"]))
+        got = under_their_names(state.opt_state[0])
+        print(sorted([(float(np.linalg.norm(got[k]-gradients[k])/np.linalg.norm(gradients[k])), float(np.linalg.norm(gradients[k])), k) for k in got])[::-1][:6])
+        print(worst(got, gradients, lambda x: norm))
+        now = {k:v.detach().numpy() for k,v in theirs.unet.named_parameters()}
+        ps=under_their_names(state.params)
+        print(sorted([(float(np.abs(ps[k]-now[k]).max()/LEARNING_RATE), k) for k in got])[::-1][:4])

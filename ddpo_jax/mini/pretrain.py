@@ -35,10 +35,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--assets", type=Path, help="folder to write; default: the package's own at full scale, else WORKDIR/assets"
     )
+    parser.add_argument("--note", default="", help="a remark on this run, kept in the quality table")
     options = parser.parse_args(arguments)
     assets = options.assets or (ASSETS if options.scale == "full" else options.workdir / "assets")
     try:
-        run(options.workdir, assets, options.stages, options.scale, options.seed)
+        run(options.workdir, assets, options.stages, options.scale, options.seed, options.note)
     except ValueError as error:
         print(f"pretrain: {error}", file=sys.stderr)
         return 2
@@ -48,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(workdir: Path, assets: Path, stages: str, scale: str, seed: int) -> None:
+def run(workdir: Path, assets: Path, stages: str, scale: str, seed: int, note: str = "") -> None:
     """Runs the named stages in their order.
 
     Raises:
@@ -68,9 +69,9 @@ def run(workdir: Path, assets: Path, stages: str, scale: str, seed: int) -> None
             size = assemble.write(context, assets)
             _log(f"assemble: {size / 2**20:.1f} MiB in {assets}")
         elif name == "quality":
-            table = quality.measure(assets, seed, context.sizes.evaluate, _log)
-            quality.write(table, assets)
-            _log(quality.markdown(table))
+            table = quality.measure(assets, seed, context.sizes.evaluate, context.sizes.guidances, _log)
+            quality.write({**table, "note": note} if note else table, assets)
+            _log((assets / "QUALITY.md").read_text(encoding="utf-8"))
         else:
             _train(context, STAGES[name](context))
     _log(f"pretrain: done in {(time.monotonic() - begun) / 60:.1f} min")
@@ -93,13 +94,14 @@ def _train(context: Context, stage: Stage) -> None:
     _log(f"{stage.name}: trained in {(time.monotonic() - begun) / 60:.1f} min")
 
 
-def _pictures(context: Context, stage: str, count: int = 5) -> Callable[[int], Path | None]:
-    """Says where the picture of a step goes; None for all but about ``count`` checkpoints of a training."""
-    interval = max(1, getattr(context.sizes, stage).steps // count)
+def _pictures(context: Context, stage: str) -> Callable[[int], Path | None]:
+    """Says where the picture of a step goes; None for all but about ``sizes.pictures`` checkpoints of a training."""
+    count = context.sizes.pictures
+    interval = max(1, getattr(context.sizes, stage).steps // max(1, count))
     due = [0]
 
     def path(step: int) -> Path | None:
-        if step < due[0]:
+        if not count or step < due[0]:
             return None
         due[0] = step + interval
         return context.workdir / "pictures" / f"{stage}_{step:05d}.png"
@@ -134,7 +136,7 @@ def _unet_watch(context: Context) -> Callable[[nnx.Module, int], None]:
             pipe = assemble.make_pipeline(context)
             pipe.unet = unet
             prompts = quality.pictured_prompts()
-            images = quality.Sampler(pipe, guidance=quality.GUIDANCES[-1])(prompts, context.seed)
+            images = quality.Sampler(pipe, guidance=context.sizes.guidances[-1])(prompts, context.seed)
             quality.sheet(images, prompts, path, f"unet, step {step}")
 
     return watch

@@ -31,7 +31,6 @@ from ddpo_jax.models.pipeline import Pipeline
 from ddpo_jax.models.tokenizer import Tokenizer
 
 STEPS = 20
-GUIDANCES = (3.0, 5.0)
 MANY = 64  # pictures sampled or encoded at once
 
 
@@ -73,13 +72,16 @@ def sheet(images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str], path: P
     picture.save(path)
 
 
-def measure(folder: Path, seed: int, n: int, log: Callable[[str], None] = print) -> dict[str, Any]:
+def measure(
+    folder: Path, seed: int, n: int, guidances: Sequence[float], log: Callable[[str], None] = print
+) -> dict[str, Any]:
     """All numbers of the table, and a sheet of samples, ``samples.png``.
 
     Args:
       folder: the assets.
       seed: of the pictures; no training stream uses the same.
       n: pictures per number.
+      guidances: guidance scales of the samples; the last one's are shown on the sheet.
       log: receives a line before each part.
     """
     rng = np.random.default_rng([seed, 0x51A1])
@@ -103,7 +105,7 @@ def measure(folder: Path, seed: int, n: int, log: Callable[[str], None] = print)
     log("quality: CLIP and aesthetic head")
     table["clip"], table["aesthetic"] = clip_and_head(folder, rng, 2 * n)
 
-    for guidance, split in itertools.product(GUIDANCES, grammar.SPLITS):
+    for guidance, split in itertools.product(guidances, grammar.SPLITS):
         if split == grammar.SPLITS[0]:
             draw = Sampler(pipe, guidance=guidance)
         log(f"quality: samples with guidance {guidance:g} for {split} prompts")
@@ -118,7 +120,7 @@ def measure(folder: Path, seed: int, n: int, log: Callable[[str], None] = print)
             **{name: float(parts[name][group == name].mean()) for name in grammar.CATEGORIES},
         }
     prompts = pictured_prompts()
-    sheet(draw(prompts, seed), prompts, folder / "samples.png", f"The miniature, guidance {GUIDANCES[-1]:g}")
+    sheet(draw(prompts, seed), prompts, folder / "samples.png", f"The miniature, guidance {guidances[-1]:g}")
     return table
 
 
@@ -225,12 +227,12 @@ def markdown(table: dict[str, Any]) -> str:
     lines = [
         "# Quality of the miniature",
         "",
-        "Written by `python -m ddpo_jax.mini.pretrain`; see `ddpo_jax/mini/quality.py`.",
+        "Written by `python -m ddpo_jax.mini.pretrain`; `ddpo_jax/mini/quality.py` says how each number is taken.",
+        f"Samples: {table['steps']} DDIM steps, eta 1, judged by the verifier from 0 to 1, {table['pictures'] // 4} per "
+        f"row. Other sections: {2 * table['pictures']} fresh renderings, the verifier's {4 * table['pictures']}.",
     ]
-    lines += [
-        f"{table['pictures']} pictures per number (four times as many for the verifier); samples: {table['steps']}"
-    ]
-    lines[-1] += " DDIM steps, eta 1, scored by the verifier from 0 to 1."
+    if "note" in table:
+        lines += ["", table["note"]]
     for section, rows in table.items():
         if not isinstance(rows, dict):
             continue

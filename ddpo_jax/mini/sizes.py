@@ -27,6 +27,8 @@ class Sizes:
       unet_channels, unet_layers, unet_heads, unet_groups: of the UNet.
       bank: number of pictures whose latents the UNet is trained on.
       evaluate: number of pictures per number of the quality table.
+      guidances: guidance scales at which samples are measured.
+      pictures: how often a training stops for a sheet of pictures, about.
     """
 
     verifier: Length
@@ -51,6 +53,8 @@ class Sizes:
     unet_groups: int = 8
     bank: int = 65536
     evaluate: int = 512
+    guidances: tuple[float, ...] = (3.0, 5.0)
+    pictures: int = 5
 
 
 FULL = Sizes(
@@ -80,6 +84,8 @@ TINY = Sizes(
     unet_groups=4,
     bank=16,
     evaluate=8,
+    guidances=(5.0,),
+    pictures=0,
 )
 
 SCALES = {"full": FULL, "tiny": TINY}
