@@ -226,7 +226,7 @@ def measure(config: ConfigDict, plan: Plan) -> Table:
                     scores(n, lambda rows, t=t: programs.predictions(t, context[rows], paths[rows, t]))
                     for t in range(steps)
                 ]
-                final = scores(n, lambda rows: jnp.asarray(paths[rows, steps]))
+                final = scores(n, lambda rows: sharding.put_batch(paths[rows, steps], programs.mesh))
                 table |= _x0_rows(np.stack([*by_step, final], axis=1), plan)
             if BRANCH in plan.what:
 

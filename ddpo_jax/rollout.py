@@ -138,11 +138,12 @@ class Collector:
         start = time.perf_counter()
         rng = generator(self._seed, epoch, _PROMPTS)
         pending: list[tuple[PendingReward, Trajectory, Array, Array]] = []
-        prompts: list[str] = []
+        distinct, described = self._prompt_fn(rng, self._num_batches * self._batch_size // self._k)
+        prompts = [prompt for prompt in distinct for _ in range(self._k)]
+        metadata = [entry for entry in described for _ in range(self._k)]
         for batch in range(self._num_batches):
-            distinct, metadata = self._prompt_fn(rng, self._batch_size // self._k)
-            names = [prompt for prompt in distinct for _ in range(self._k)]
-            described = [entry for entry in metadata for _ in range(self._k)]
+            rows = slice(batch * self._batch_size, (batch + 1) * self._batch_size)
+            names = prompts[rows]
             ids = np.arange(self._batch_size, dtype=np.int32) + batch * self._batch_size
             roots = ids // self._k * self._k if branch_step or self._shared_noise else ids
             context, on_device, root_ids = sharding.put_batch((self._embed(names), ids, roots), self._mesh)
@@ -150,8 +151,7 @@ class Collector:
                 params, frozen, uncond, context, np.int32(epoch), on_device, root_ids, np.int32(branch_step)
             )
             images = self._decode(trajectory.latents[:, -1])
-            pending.append((self._reward.submit(images, names, described), trajectory, weights, images))
-            prompts += names
+            pending.append((self._reward.submit(images, names, metadata[rows]), trajectory, weights, images))
         shown = np.concatenate([np.asarray(entry[3]) for entry in pending])
         sampled = time.perf_counter()
         scores = [entry[0].result() for entry in pending]

@@ -37,6 +37,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     state, start = restore(saver, parts, stats)
     if start >= config.num_epochs:
         logging.info("%s is finished: %d of %d epochs; raise num_epochs to go on", workdir, start, config.num_epochs)
+        saver.close()
+        parts.reward.close()
+        if not (workdir / "reward.png").exists():  # stopped after the last epoch was saved
+            finish(workdir)
         return
     logging.info("%s", describe(parts, config))
     with saver, parts.reward, metrics.Writer(workdir, start) as writer, Signals() as signals:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pathlib
 import signal
 from types import FrameType, TracebackType
@@ -24,7 +25,9 @@ def refuse_other_run(config: ConfigDict, workdir: pathlib.Path) -> None:
     if path.exists() and (faults := configs.diff_that_matters(configs.from_json(path.read_text()), config)):
         raise ValueError("\n".join(faults))
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(configs.to_json(config))
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(configs.to_json(config))
+    os.replace(temporary, path)  # a process that is killed here leaves no half of a file
 
 
 def saved_arrays(parts: Parts, state: TrainState, stats: PromptStats) -> dict[str, Any]:

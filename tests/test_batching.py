@@ -51,7 +51,12 @@ def test_every_sample_once_in_random_order(traits):
 def test_what_belongs_to_a_sample_stays_with_it():
     for batch in batches():
         number = numbers(batch).astype(np.float32)
-        for value in (batch.latents[:, 0, 0, 0, 0], batch.context[:, 0, 0], batch.old_log_prob[:, 0], -batch.advantages):
+        for value in (
+            batch.latents[:, 0, 0, 0, 0],
+            batch.context[:, 0, 0],
+            batch.old_log_prob[:, 0],
+            -batch.advantages,
+        ):
             np.testing.assert_array_equal(value, number)
         np.testing.assert_array_equal(batch.step_weight, number[:, None] * 10 + batch.steps + 1)
         assert batch.latents.shape == (4, T + 1, 2, 2, 4)

@@ -1,4 +1,4 @@
-"""The learner against automatic differentiation of the whole loss: a float64 oracle in PyTorch that holds all steps at once."""
+"""The learner against autograd of the whole loss: a float64 oracle in PyTorch that holds all steps at once."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ RECORDER = optax.GradientTransformation(
 
 @functools.cache
 def minibatch(num_steps=T, trained=S):
-    """A rollout of ``OLD`` with random advantages, mask and weights; each sample trains its own steps in its own order."""
+    """A rollout of ``OLD``, random advantages, mask and weights; each sample trains its own steps in its own order."""
     rng = np.random.default_rng(3)
     context, uncond = toy.contexts(N)
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(2)))(jnp.arange(N))
@@ -82,7 +82,9 @@ class Run:
             policy, toy.network, chosen or objective(traits), tx, self.mesh, microbatch_size=microbatch, **options
         )
         self.state = self.learner.init({name: jnp.asarray(x) for name, x in PARAMS.items()})
-        self.rest = [sharding.put_params(jax.tree.map(jnp.asarray, tree), self.mesh) for tree in (REFERENCE, toy.FROZEN)]
+        self.rest = [
+            sharding.put_params(jax.tree.map(jnp.asarray, tree), self.mesh) for tree in (REFERENCE, toy.FROZEN)
+        ]
         self.rest.append(sharding.replicate(jnp.asarray(UNCOND), self.mesh))
 
     def update(self, batch):
@@ -94,7 +96,9 @@ class Run:
         return jax.device_get(self.state.opt_state), metrics
 
     def terms(self, batch):
-        return jax.device_get(self.learner.log_prob(self.state.params, *self.rest, sharding.put_batch(batch, self.mesh)))
+        return jax.device_get(
+            self.learner.log_prob(self.state.params, *self.rest, sharding.put_batch(batch, self.mesh))
+        )
 
 
 # ---- the oracle ----
@@ -106,7 +110,11 @@ def double(x):
 
 def torch_network(params, latents, timesteps, context):
     h = torch.nn.functional.conv2d(latents.permute(0, 3, 1, 2), params["conv"].permute(3, 2, 0, 1), padding=1)
-    h = h.permute(0, 2, 3, 1) + (context.mean(1) @ params["prompt"])[:, None, None] + timesteps[:, None, None, None] / 1000
+    h = (
+        h.permute(0, 2, 3, 1)
+        + (context.mean(1) @ params["prompt"])[:, None, None]
+        + timesteps[:, None, None, None] / 1000
+    )
     return torch.tanh(torch.tanh(h) @ params["mix"]) @ params["out"] + double(toy.FROZEN["bias"])
 
 
@@ -118,10 +126,15 @@ def torch_terms(params, batch):
     latents, after = double(batch.latents[rows, steps]), double(batch.latents[rows, steps + 1])
     context, null = double(batch.context[rows]), double(UNCOND).expand(N * count, -1, -1)
     timesteps = double(schedule.timesteps)[steps]
-    alpha, previous, std = (double(x)[steps][:, None, None, None] for x in (schedule.alpha, schedule.alpha_prev, schedule.std))
+    alpha, previous, std = (
+        double(x)[steps][:, None, None, None] for x in (schedule.alpha, schedule.alpha_prev, schedule.std)
+    )
 
     def gaussian(params):
-        uncond, cond = torch_network(params, latents, timesteps, null), torch_network(params, latents, timesteps, context)
+        uncond, cond = (
+            torch_network(params, latents, timesteps, null),
+            torch_network(params, latents, timesteps, context),
+        )
         eps = uncond + 3.0 * (cond - uncond)
         x0 = (latents - (1 - alpha).sqrt() * eps) / alpha.sqrt()
         return previous.sqrt() * x0 + (1 - previous - std**2).sqrt() * eps, eps
@@ -134,12 +147,13 @@ def torch_terms(params, batch):
         return x.mean((1, 2, 3)).reshape(N, count)
 
     normal = torch.distributions.Normal
+    ours, theirs = (normal(x, std.expand_as(x)) for x in (mean, ref_mean))
     return types.SimpleNamespace(
-        log_prob=reduce(normal(mean, std.expand_as(mean)).log_prob(after)),
-        ref_log_prob=reduce(normal(ref_mean, std.expand_as(mean)).log_prob(after)),
-        kl=reduce(torch.distributions.kl_divergence(normal(mean, std.expand_as(mean)), normal(ref_mean, std.expand_as(mean)))),
+        log_prob=reduce(ours.log_prob(after)),
+        ref_log_prob=reduce(theirs.log_prob(after)),
+        kl=reduce(torch.distributions.kl_divergence(ours, theirs)),
         noise_mse=reduce((eps - ref_eps) ** 2),
-    )  # fmt: skip
+    )
 
 
 @functools.cache
@@ -164,7 +178,11 @@ def oracle(separable=True, weighted=True):
             total.backward()
         else:
             loss.backward()
-    return loss.item(), {name: x.grad.numpy() for name, x in params.items()}, jax.tree.map(lambda x: x.detach(), vars(terms))
+    return (
+        loss.item(),
+        {name: x.grad.numpy() for name, x in params.items()},
+        jax.tree.map(lambda x: x.detach(), vars(terms)),
+    )
 
 
 def assert_gradient(found, expected, tolerance=2e-4):

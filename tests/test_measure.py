@@ -22,25 +22,28 @@ def folder(tmp_path_factory):
     return tiny_pipeline_folder(tmp_path_factory.mktemp("measure") / "model")
 
 
-def set_up(folder, monkeypatch, **overrides):
-    """A config and its model, with a network that predicts no noise, and "images" that are latents' bytes."""
-    config = tiny_config(folder, **overrides)
-    model = load_model(config)
-    model = dataclasses.replace(model, network=lambda trained, frozen, latents, timesteps, context: 0 * latents)
-    monkeypatch.setattr(measure, "load_model", lambda config: model)
-    monkeypatch.setattr(model.pipeline, "decode", as_bytes)
-    monkeypatch.setattr(measure, "make_reward", lambda config: corner)
-    return config, model
+@pytest.fixture
+def no_network(monkeypatch):
+    """A network that predicts no noise, and "images" that are the latents' bytes: nothing large to compile."""
+
+    def load(config):
+        model = load_model(config)
+        monkeypatch.setattr(model.pipeline, "decode", as_bytes)
+        return dataclasses.replace(model, network=lambda trained, frozen, latents, timesteps, context: 0 * latents)
+
+    monkeypatch.setattr(measure, "load_model", load)
+    return load
 
 
 def as_bytes(latents):
-    """The first three numbers of each latent as an image of 2 x 2 pixels."""
-    return np.ascontiguousarray(np.asarray(latents)[:, 0, 0, :3]).view(np.uint8).reshape(-1, 2, 2, 3)
+    """The 256 numbers of each latent as an image of 32 x 32 pixels, the same in all three channels."""
+    numbers = np.ascontiguousarray(np.asarray(latents, np.float32))
+    return np.repeat(numbers.view(np.uint8).reshape(-1, 32, 32, 1), 3, axis=3)
 
 
 def corner(images, prompts, metadata):
     """The first number of each latent, whose distribution is known."""
-    return np.ascontiguousarray(images).reshape(-1, 12).view(np.float32)[:, 0]
+    return np.ascontiguousarray(images[:, 0, :4, 0]).view(np.float32)[:, 0]
 
 
 def known_variances(the_schedule):
@@ -57,8 +60,10 @@ def known_variances(the_schedule):
     return [sum((std[k] * math.prod(c[k + 1 :])) ** 2 for k in steps if k >= t) for t in steps]
 
 
-def test_branch_variance_and_x0_change_of_a_known_policy(folder, monkeypatch):
-    config, model = set_up(folder, monkeypatch, **{"sample.batch_size": 64, "train.batch_size": 64})
+def test_branch_variance_and_x0_change_of_a_known_policy(folder, monkeypatch, no_network):
+    config = tiny_config(folder, **{"sample.batch_size": 64, "train.batch_size": 64})
+    model = no_network(config)
+    monkeypatch.setattr(measure, "make_reward", lambda config: corner)
     plan = measure.Plan(num_prompts=8, repeats=2, branches=33)
     table = measure.measure(config, plan)
     the_schedule = schedule.make(model.pipeline.scheduler_config, 3, 1.0)
@@ -136,7 +141,7 @@ def run(capsys, *argv):
     return code, out, [line.removeprefix("error: ") for line in err.splitlines() if line.startswith("error: ")]
 
 
-def test_the_command_writes_a_table_that_is_a_weighting(capsys, config_file, tmp_path):
+def test_the_command_writes_a_table_that_is_a_weighting(capsys, config_file, tmp_path, no_network):
     out = tmp_path / "a" / "results"
     small = ["--num-prompts=3", "--branches=2"]
     chosen = f"{config_file}:weighting=advantage_variance,seed=3"  # whose table is what this is going to write
@@ -163,7 +168,7 @@ def test_the_command_writes_a_table_that_is_a_weighting(capsys, config_file, tmp
     np.testing.assert_allclose(got, [variance], rtol=1e-6)
 
 
-def test_one_part_of_one_prompt(capsys, config_file, tmp_path):
+def test_one_part_of_one_prompt(capsys, config_file, tmp_path, no_network):
     argv = ["--config", config_file, "--out", tmp_path, "--what", "x0_change", "--num-prompts", "1"]
     code, printed, errors = run(capsys, *argv)
     assert (code, errors) == (0, [])
@@ -201,7 +206,7 @@ def test_out_must_be_given_and_writable(capsys, config_file, tmp_path):
     assert code == 2 and "--out: received" in errors[0] and "it is a file" in errors[0]
 
 
-def test_a_reward_that_fails_is_exit_code_1(capsys, config_file, tmp_path, monkeypatch):
+def test_a_reward_that_fails_is_exit_code_1(capsys, config_file, tmp_path, monkeypatch, no_network):
     (tmp_path / "broken_reward.py").write_text("def score(images, prompts, metadata):\n    raise OSError('no luck')\n")
     monkeypatch.syspath_prepend(tmp_path)
     argv = [f"--config={config_file}:reward=broken_reward:score", f"--out={pathlib.Path(tmp_path) / 'out'}"]

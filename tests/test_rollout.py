@@ -136,7 +136,9 @@ def test_eight_devices_draw_what_one_draws(drawn, mesh):
 
 
 def test_the_size_of_a_sampling_batch_does_not_change_the_noise(drawn):
-    whole = collect(collector(batch_size=16, num_batches=1, prompt_fn=lambda rng, n: (WORDS[:1] * n, [{"word": 0}] * n)))
+    whole = collect(
+        collector(batch_size=16, num_batches=1, prompt_fn=lambda rng, n: (WORDS[:1] * n, [{"word": 0}] * n))
+    )
     np.testing.assert_array_equal(whole.samples.latents[:, 0], drawn.samples.latents[:, 0])
 
 

@@ -17,7 +17,8 @@ def mesh():
 
 
 @pytest.mark.parametrize(
-    "data, fsdp, shape", [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (2, 4, (2, 4)), (1, 1, (1, 1)), (2, 1, (2, 1)), (1, 8, (1, 8))]
+    "data, fsdp, shape",
+    [(-1, 1, (8, 1)), (-1, 4, (2, 4)), (2, 4, (2, 4)), (1, 1, (1, 1)), (2, 1, (2, 1)), (1, 8, (1, 8))],
 )
 def test_meshes(data, fsdp, shape):
     made = sharding.make_mesh(data, fsdp)
@@ -77,9 +78,9 @@ def test_gather_gives_every_device_the_whole_parameters(mesh):
     def whole(params):
         return jax.tree.map(lambda x: x[None], sharding.gather_params(params, specs))
 
-    copies = jax.jit(
-        jax.shard_map(whole, mesh=mesh, in_specs=(specs,), out_specs=sharding.BATCH, check_vma=False)
-    )(sharding.put_params(params, mesh))
+    copies = jax.jit(jax.shard_map(whole, mesh=mesh, in_specs=(specs,), out_specs=sharding.BATCH, check_vma=False))(
+        sharding.put_params(params, mesh)
+    )
     for name, value in params.items():
         np.testing.assert_array_equal(copies[name], np.broadcast_to(value, (8, *value.shape)))
 

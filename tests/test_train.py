@@ -1,4 +1,4 @@
-"""Whole runs on the tiny model: what they leave in their folder, how they fail, stop and go on, and that resuming is exact."""
+"""Whole runs on the smallest model: what they leave behind, how they fail, stop and go on, and that resuming is exact."""
 
 import json
 import math
@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -25,13 +26,19 @@ from ddpo_jax.ops.advantages import PromptStats
 from ddpo_jax.train import train
 
 TESTS = pathlib.Path(__file__).resolve().parent
+KEYS = [
+    *("reward/mean", "reward/std", "reward/words", "sample/distinct_prompts"),
+    *("train/loss", "train/grad_norm", "train/ratio_first_update_deviation"),
+    *("time/rollout_s", "time/reward_s", "time/update_s"),
+]
 REWARD = {"reward.name": "tiny_reward:reward"}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The tiny model."""
-    return tiny.tiny_pipeline_folder(tmp_path_factory.mktemp("tiny"))
+    """The smallest model."""
+    with tiny.quick_compilation():
+        yield tiny.tiny_pipeline_folder(tmp_path_factory.mktemp("tiny"), unet=tiny.SMALLEST_UNET)
 
 
 @pytest.fixture(autouse=True)
@@ -95,8 +102,7 @@ def test_rows_of_a_run(finished):
     assert [row["epoch"] for row in found] == [0, 1, 2]
     assert [row["reward_queries"] for row in found] == [8, 16, 24]
     for row in found:
-        for key in ("reward/mean", "reward/std", "train/loss", "train/ratio_first_update_deviation", "train/grad_norm",
-                    "time/rollout_s", "time/reward_s", "time/update_s", "reward/words", "sample/distinct_prompts"):  # fmt: skip
+        for key in KEYS:
             assert math.isfinite(row[key]), key
         assert 0 < row["reward/min"] < row["reward/mean"] < row["reward/max"] < 1 and row["reward/std"] > 0
         assert row["sample/distinct_prompts"] == 4  # 8 images, 2 of each prompt
@@ -148,7 +154,11 @@ def failing(kind):
     return act
 
 
-MESSAGES = {"raises": "OSError: the service is down", "nan": "returned nan for image 1", "length": "returned shape (7,)"}
+MESSAGES = {
+    "raises": "OSError: the service is down",
+    "nan": "returned nan for image 1",
+    "length": "returned shape (7,)",
+}
 
 
 def test_a_reward_that_fails_in_mid_run_loses_no_epoch(folder, finished, tmp_path):
@@ -205,7 +215,7 @@ def command(folder, workdir, task, **environment):
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         argv,
-        env=os.environ | {"PYTHONPATH": path} | environment,
+        env=os.environ | {"PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -246,25 +256,37 @@ def test_a_process_killed_at_any_moment_is_resumed_exactly(folder, finished, tmp
 # ---- an epoch ----
 
 
+@pytest.fixture
+def optimised(folder):
+    """Programs as a user has them: what they round is part of the question."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
 def run_epoch(folder, **overrides):
-    """``(parts, config, rollout, row)`` of the first epoch on one device."""
+    """``(config, rollout, row of metrics)`` of the first epoch on one device."""
     config = tiny.tiny_config(folder, **{"mesh.data": 1, "train.microbatch_size": 2} | overrides)
     parts = build(config)
     state = parts.init()
     rollout = parts.collector.collect(0, state.params, parts.model.frozen, parts.uncond)
     _, row = epochs.update(parts, config, state, PromptStats(), rollout, 0)
-    return parts, config, rollout, row
+    return config, rollout, row
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_on_the_first_update_every_ratio_is_one(folder, dtype):
+def test_on_the_first_update_every_ratio_is_one(folder, optimised, dtype):
     """Within a tenth of the clip range, though the rollout ran 8 images at once and the update 2; in bfloat16 because
     the old log-probs are recomputed by the update's own calls."""
-    parts, config, rollout, row = run_epoch(folder, dtype=dtype)
+    config, rollout, row = run_epoch(folder, dtype=dtype)
     assert config.train.recompute_log_prob == ("on" if dtype == "bfloat16" else "off")
     assert row["train/ratio_first_update_deviation"] < 0.1 * config.train.clip_range
     assert row["train/clip_fraction"] == 0
-    if dtype == "bfloat16":  # the network really runs in it: the sampler's log-probs are not float32's
-        _, _, exact, _ = run_epoch(folder)
-        np.testing.assert_array_equal(rollout.samples.latents[:, 0], exact.samples.latents[:, 0])
-        assert np.abs(rollout.samples.latents[:, 1] - exact.samples.latents[:, 1]).max() > 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("overrides", [{"train.microbatch_size": 4}, {"train.lora_rank": 2}, {"train.remat": "on"}])
+def test_on_the_first_update_every_ratio_is_one_for_the_larger_model(tmp_path, optimised, dtype, overrides):
+    config, _, row = run_epoch(tiny.tiny_pipeline_folder(tmp_path), dtype=dtype, **overrides)
+    assert row["train/ratio_first_update_deviation"] < 0.1 * config.train.clip_range

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny import tiny_config, tiny_pipeline_folder
+from tiny import SMALLEST_UNET, quick_compilation, tiny_config, tiny_pipeline_folder
 
 from ddpo_jax import checkpoint, sharding, value
 from ddpo_jax.learner import Minibatch
@@ -118,15 +118,17 @@ def test_predictions_stand_at_the_pairs_they_are_of():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny_pipeline_folder(tmp_path_factory.mktemp("tiny"))
+    return tiny_pipeline_folder(tmp_path_factory.mktemp("tiny"), unet=SMALLEST_UNET)
 
 
+@quick_compilation()
 def test_dpok_resumes_with_its_value_network(folder, tmp_path):
     """One epoch and then another gives bit for bit what two in one go give."""
 
     def arrays(workdir, *num_epochs):
         for number in num_epochs:
-            train(tiny_config(folder, **{"algorithm.name": "dpok", "num_epochs": number}), tmp_path / workdir)
+            chosen = {"algorithm.name": "dpok", "train.lora_rank": 2, "num_epochs": number, "log.images_every": 0}
+            train(tiny_config(folder, **chosen), tmp_path / workdir)
         with checkpoint.Checkpointer(tmp_path / workdir, read_only=True) as saver:
             return saver.read(1, "state"), saver.read(2, "state")
 

@@ -112,8 +112,10 @@ def tiny_pipeline_folder(
 def quick_compilation() -> Iterator[None]:
     """Without XLA's optimisations a program of a tiny model compiles in less time, of which it is most of a test's."""
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
 
 
 def random_module(cls: Any, config: Any, rng: np.random.Generator) -> Any:

@@ -37,7 +37,9 @@ FROZEN = {"bias": np.linspace(-0.1, 0.1, 4, dtype=np.float32)}
 
 def network(params, frozen, latents, timesteps, context):
     """[B, h, w, 4], of every input and parameter."""
-    h = jax.lax.conv_general_dilated(latents, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    h = jax.lax.conv_general_dilated(
+        latents, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
     h = h + (context.mean(axis=1) @ params["prompt"])[:, None, None] + (timesteps / 1000.0)[:, None, None, None]
     h = jnp.tanh(jnp.tanh(h) @ params["mix"])
     return h @ params["out"] + frozen["bias"]

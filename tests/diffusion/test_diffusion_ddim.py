@@ -1,4 +1,4 @@
-"""One denoising step against PyTorch: mean, standard deviation, log-probability, the DDPM posterior, the forward process."""
+"""One denoising step against PyTorch: mean, std, log-probability, the DDPM posterior, the forward process."""
 
 import jax
 import jax.numpy as jnp
