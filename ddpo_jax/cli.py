@@ -48,7 +48,7 @@ def cache_compilations() -> None:
 
 
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Calls ``command(arguments)`` and returns its exit code: 0, 2 for wrong input, 1 for a failure, 130 interrupted."""
+    """Calls ``command(arguments)`` and returns its exit code: 0, 2 for wrong input, 1 failure, 130 interrupted."""
     try:
         command(sys.argv[1:] if argv is None else argv)
     except ValueError as error:

@@ -42,7 +42,7 @@ class Run:
     """A run as it was read."""
 
     folder: pathlib.Path
-    config: dict[str, Any]  # dotted key -> value
+    settings: dict[str, Any]  # dotted key -> value
     rows: list[dict[str, Any]]
 
 
@@ -82,22 +82,22 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
     A member's own option is left out of the name where the member's name already tells it.
     """
-    keys = [key for key in dict.fromkeys(key for run in runs for key in run.config) if not IGNORED.fullmatch(key)]
-    differing = [key for key in keys if len({repr(run.config.get(key)) for run in runs}) > 1]
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.settings) if not IGNORED.fullmatch(key)]
+    differing = [key for key in keys if len({repr(run.settings.get(key)) for run in runs}) > 1]
     told = []
     for key in differing:
         family = key.partition(".")[0]
         values: dict[str, set[str]] = {}
         for run in runs:
-            values.setdefault(run.config[f"{family}.name"] if family in configs.FAMILIES else "", set()).add(
-                repr(run.config.get(key))
+            values.setdefault(run.settings[f"{family}.name"] if family in configs.FAMILIES else "", set()).add(
+                repr(run.settings.get(key))
             )
         own = family in configs.FAMILIES and not key.endswith(".name") and f"{family}.name" in differing
         if not (own and all(len(given) == 1 for given in values.values())):
             told.append(key)
     groups: dict[str, Group] = {}
     for run in runs:
-        differs = {key: run.config[key] for key in told if key in run.config}
+        differs = {key: run.settings[key] for key in told if key in run.settings}
         name = ", ".join(f"{key.removesuffix('.name').rpartition('.')[2]}={value}" for key, value in differs.items())
         groups.setdefault(name or "all runs", Group(name or "all runs", differs, [])).runs.append(run)
     return list(groups.values())
@@ -235,7 +235,7 @@ def compare(
             {
                 "label": member.label,
                 "settings": member.differs,
-                "runs": [{"folder": run.folder.name, "seed": run.config.get("seed")} for run in member.runs],
+                "runs": [{"folder": run.folder.name, "seed": run.settings.get("seed")} for run in member.runs],
                 "final": {"mean": mean, "half_width": half_width},
                 "queries_to_baseline": reach,
                 "speed_up": speed,

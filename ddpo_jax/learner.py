@@ -1,8 +1,8 @@
 """The learner: scalars per (sample, step) -> coefficients -> one gradient, summed over microbatches, steps and devices.
 
 For a loss L on StepTerms, the gradient is  sum over (n, s) of  dL/dterm[n, s] * grad term[n, s].  A separable loss
-gives its coefficients microbatch by microbatch (one pass); a loss that couples steps or samples gets all terms from one extra
-forward pass first. Memory holds one microbatch of one step, whatever T is.
+gives its coefficients microbatch by microbatch (one pass); a loss that couples steps or samples gets all terms from one
+extra forward pass first. Memory holds one microbatch of one step, whatever T is.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ from collections.abc import Sequence
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from ddpo_jax import config as configs
 from ddpo_jax import cli, errors, find
+from ddpo_jax import config as configs
 
 FLAGS = ("--config", "--workdir", "--help")
 

@@ -25,8 +25,8 @@ LAYERS = [
     {"build"},
     {"epoch", "workdir", "trained", "random_model"},
     {"train", "capacity"},
-    {"main", "benchmark", "sample", "evaluate", "export", "compare", "sweep"},
-    {"measure"},  # takes a config as main does
+    {"main", "benchmark", "sample", "evaluate", "export", "compare"},
+    {"measure", "sweep"},  # one takes a config as main does, the other compares
 ]
 LAYER = {room: number for number, layer in enumerate(LAYERS) for room in layer}
 # Rooms that may import less than their layer allows: this, and nothing else of the package.

@@ -1,4 +1,4 @@
-"""Whole runs on the smallest model: what they leave behind, how they fail, stop and go on, and that resuming is exact."""
+"""Whole runs on the smallest model: what they leave behind, how they fail, stop and go on; resuming is exact."""
 
 import json
 import math

@@ -132,7 +132,7 @@ def test_the_branches_are_fresh_noise_and_not_that_of_the_root():
 
 
 def test_without_noise_it_is_deterministic_ddim():
-    """eta 0 from the same initial noise is diffusers' DDIM, and log_prob 0 where there is no density; eta 1e-3 is near."""
+    """eta 0 from the same initial noise is diffusers' DDIM, with log_prob 0 for want of a density; eta 1e-3 is near."""
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     still = sample(options=(("eta", 0.0),))
     np.testing.assert_array_equal(still.log_prob, 0)
