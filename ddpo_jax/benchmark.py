@@ -39,7 +39,7 @@ from ddpo_jax.models import layers
 from ddpo_jax.models.functional import functional
 from ddpo_jax.ops.advantages import PromptStats
 from ddpo_jax.random_model import SIZES, Size, random_model
-from ddpo_jax.rollout import generator
+from ddpo_jax.rollout import Rollout, generator
 from ddpo_jax.types import Samples
 from ddpo_jax.validate import validate
 
@@ -69,7 +69,7 @@ def measure(config: ConfigDict, parts: Parts, repeats: int, work: capacity.Work 
     """
     state, stats, options = parts.init(), PromptStats(), config.train
     steps, trained = config.sample.num_steps, int(parts.collector.trained_steps.sum())
-    rollouts = []
+    rollouts: list[Rollout] = []
 
     def collect() -> None:
         rollouts.append(parts.collector.collect(len(rollouts), state.params, parts.model.frozen, parts.uncond))
@@ -81,7 +81,7 @@ def measure(config: ConfigDict, parts: Parts, repeats: int, work: capacity.Work 
         ("rollout, per sample-step", 1e3 * sampling / (images * steps), "ms"),
         ("rollout, with decoding", images / sampling, "images/s"),
         ("rollout, first run (compiles)", first, "s"),
-        *share("rollout", work and work.rollout_step * steps + work.decode, images / sampling, parts),
+        *share("rollout", work.rollout_step * steps + work.decode if work else None, images / sampling, parts),
     ]
     samples = rollouts[-1].samples
     for fraction in FRACTIONS:
@@ -92,7 +92,7 @@ def measure(config: ConfigDict, parts: Parts, repeats: int, work: capacity.Work 
             (f"{name}, per sample-step", 1e3 * typical / pairs, "ms"),
             (name, options.batch_size / typical, "images/s"),
             (f"{name}, first run (compiles)", first, "s"),
-            *share(name, work and work.update_step, pairs / typical, parts),
+            *share(name, work.update_step if work else None, pairs / typical, parts),
         ]
 
     def epoch() -> None:

@@ -59,7 +59,7 @@ class Parts:
     def init(self) -> TrainState:
         """The state before the first update."""
         state = self.learner.init(self.model.params)
-        return state if self.value is None else state.replace(value=self.value.init())
+        return state if self.value is None else dataclasses.replace(state, value=self.value.init())
 
 
 def load_model(config: ConfigDict) -> Model:

@@ -42,7 +42,7 @@ def cache_compilations() -> None:
     """Keeps compiled programs between processes, in ``~/.cache/ddpo_jax`` unless JAX was told another place."""
     import jax  # not at the top: --help and wrong flags answer at once
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # attributes are made at run time
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "ddpo_jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 

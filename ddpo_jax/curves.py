@@ -114,7 +114,8 @@ def speed_up(baseline: Sequence[Curve], group: Sequence[Curve]) -> tuple[float |
     known: dict[tuple[tuple[int, ...], tuple[int, ...]], float] = {}
     draws = []
     for _ in range(BOOTSTRAP):
-        picked = tuple(tuple(sorted(rng.integers(len(c), size=len(c)).tolist())) for c in (baseline, group))
+        ours, theirs = (tuple(sorted(rng.integers(len(c), size=len(c)).tolist())) for c in (baseline, group))
+        picked = ours, theirs
         if picked not in known:  # three seeds have ten distinct resamples each
             known[picked] = ratio([baseline[i] for i in picked[0]], [group[i] for i in picked[1]]) or 0.0
         draws.append(known[picked])

@@ -103,7 +103,8 @@ def fit_value(parts: Parts, state: TrainState, batch: Minibatch) -> tuple[TrainS
     value, metrics = state.value, {}
     for _ in range(parts.traits.value_updates):
         value, metrics = parts.value.update(value, batch)
-    return dataclasses.replace(state, value=value), batch.replace(values=parts.value.predict(value, batch)), metrics
+    batch = dataclasses.replace(batch, values=parts.value.predict(value, batch))
+    return dataclasses.replace(state, value=value), batch, metrics
 
 
 def describe_rewards(rollout: Rollout) -> dict[str, float]:

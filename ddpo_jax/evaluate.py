@@ -246,7 +246,7 @@ def evaluate(args: argparse.Namespace) -> str:
     for label, params in zip(MODELS, (model.reference, model.params), strict=True):
         placed = sharding.put_params(params, mesh)
         tables[label], images = score_chunks(
-            lambda names, numbers, placed=placed: sample(placed, names, numbers),
+            functools.partial(sample, placed),
             *(rewards, prompts, args.samples_per_prompt, size, out / "chunks", label),
         )
         pictures.append(images)

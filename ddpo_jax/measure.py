@@ -184,8 +184,9 @@ def measure(config: ConfigDict, plan: Plan) -> Table:
     programs = Programs(config, model)
     steps, n = programs.schedule.num_steps, plan.num_prompts * plan.repeats
     total = n * (steps + 1) * (X0 in plan.what) + n * steps * plan.branches * (BRANCH in plan.what)
-    prompts, metadata = prompt_fn(generator(config.seed, 0, _PROMPTS), plan.num_prompts)
-    prompts, metadata = [[x for x in given for _ in range(plan.repeats)] for given in (prompts, metadata)]
+    drawn, drawn_metadata = prompt_fn(generator(config.seed, 0, _PROMPTS), plan.num_prompts)
+    prompts = [prompt for prompt in drawn for _ in range(plan.repeats)]
+    metadata = [entry for entry in drawn_metadata for _ in range(plan.repeats)]
     logging.info("%d trajectories of %d steps, %d images to score by %s", n, steps, total, config.reward.name)
     context = model.pipeline.embed(prompts)
     table: Table = {
@@ -222,10 +223,11 @@ def measure(config: ConfigDict, plan: Plan) -> Table:
                 ]
             )
             if X0 in plan.what:
-                by_step = [
-                    scores(n, lambda rows, t=t: programs.predictions(t, context[rows], paths[rows, t]))
-                    for t in range(steps)
-                ]
+
+                def predicted(t: int) -> np.ndarray:
+                    return scores(n, lambda rows: programs.predictions(t, context[rows], paths[rows, t]))
+
+                by_step = [predicted(t) for t in range(steps)]
                 final = scores(n, lambda rows: sharding.put_batch(paths[rows, steps], programs.mesh))
                 table |= _x0_rows(np.stack([*by_step, final], axis=1), plan)
             if BRANCH in plan.what:

@@ -36,7 +36,9 @@ def split(arg: str) -> tuple[str, str, str]:
 
     A preset applies them in this order, setting what depends on each after it, so that the rest overrides the preset.
     """
-    model, members, rest = [], [], []
+    model: list[str] = []
+    members: list[str] = []
+    rest: list[str] = []
     for item in keys.split(arg):
         key = item.partition("=")[0].strip()
         family = key.removesuffix(".name")

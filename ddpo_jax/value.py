@@ -8,6 +8,7 @@ and standard deviation of the rewards of the first minibatch, fixed from then on
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from ddpo_jax.learner import Minibatch, algorithm_batch
 from ddpo_jax.models.functional import functional
 from ddpo_jax.models.value import ValueNetwork
 from ddpo_jax.ops import masked
-from ddpo_jax.types import Batch, Params, StepTerms
+from ddpo_jax.types import AnyArray, Batch, Params, StepTerms
 
 
 @struct.dataclass
@@ -87,7 +88,7 @@ class ValueLearner:
         state, loss, grads = self._sharded(self._gradient, P())(state, batch)
         updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return state.replace(params=params, opt_state=opt_state, step=state.step + 1), {"value_loss": loss}
+        return dataclasses.replace(state, params=params, opt_state=opt_state, step=state.step + 1), {"value_loss": loss}
 
     def _predict(self, state: ValueState, batch: Minibatch) -> Float[Array, "N S"]:
         """The values of all trained pairs of a minibatch."""
@@ -111,7 +112,8 @@ class ValueLearner:
         mean = _total(batch.mask * rewards) / pairs
         std = jnp.sqrt(_total(batch.mask * jnp.square(rewards - mean)) / pairs)
         first = state.step == 0
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             shift=jnp.where(first, mean, state.shift),
             scale=jnp.where(first, jnp.where(std > 0, std, 1.0), state.scale),
         )
@@ -136,6 +138,6 @@ class ValueLearner:
         return state.shift + state.scale * self._network(params, {}, latents, self._timesteps[steps], batch.context)
 
 
-def _total(x: Array) -> Array:
+def _total(x: AnyArray) -> Array:
     """The sum over all devices."""
     return jax.lax.psum(x.sum(), sharding.BATCH_AXES)

@@ -52,4 +52,4 @@ def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, 
 
 def loss(terms: StepTerms, batch: Batch, config: ConfigDict) -> jax.Array:
     """Weighted denoising loss [N, S]."""
-    return batch.advantages[:, None] * terms.denoise_mse
+    return terms.denoise_mse * batch.advantages[:, None]

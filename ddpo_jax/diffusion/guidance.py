@@ -31,7 +31,7 @@ def guided(
         cond_out = network(latents, timesteps, context)
         uncond_out = jax.lax.stop_gradient(network(latents, timesteps, null))
     else:
-        twice = [jnp.concatenate([x, x]) for x in (latents, timesteps)]
-        uncond_out, cond_out = jnp.split(network(*twice, jnp.concatenate([null, context])), 2)
+        latents, timesteps = (jnp.concatenate([x, x]) for x in (latents, timesteps))
+        uncond_out, cond_out = jnp.split(network(latents, timesteps, jnp.concatenate([null, context])), 2)
     cond_out, uncond_out = cond_out.astype(jnp.float32), uncond_out.astype(jnp.float32)
     return uncond_out + scale * (cond_out - uncond_out)

@@ -50,7 +50,7 @@ def make(config: Mapping[str, Any], num_steps: int, eta: float) -> Schedule:
       ValueError: for an option of the config that is not supported, or ``num_steps`` out of range.
     """
     kind = config.get("_class_name")  # classes differ in what a key that is left out means
-    options = {
+    options: dict[str, Any] = {
         "num_train_timesteps": 1000,
         "beta_start": 0.0001,
         "beta_end": 0.02,
@@ -118,7 +118,7 @@ def _betas(options: Mapping[str, Any]) -> np.ndarray:
 
 def _timesteps(num_steps: int, train_steps: int, spacing: str, offset: int) -> np.ndarray:
     if spacing == "leading":
-        steps = np.arange(num_steps)[::-1] * (train_steps // num_steps) + offset
+        steps: np.ndarray = np.arange(num_steps)[::-1] * (train_steps // num_steps) + offset
     elif spacing == "trailing":
         # the slice: for 62 values of num_steps, rounding gives arange one step too many, timestep -1
         steps = np.round(np.arange(train_steps, 0, -train_steps / num_steps)[:num_steps]) - 1

@@ -131,7 +131,7 @@ def _unet_watch(context: Context) -> Callable[[nnx.Module, int], None]:
     """Samples of the averaged UNet."""
     where = _pictures(context, "unet")
 
-    def watch(unet: nnx.Module, step: int) -> None:
+    def watch(unet: Any, step: int) -> None:
         if path := where(step):
             pipe = assemble.make_pipeline(context)
             pipe.unet = unet

@@ -119,8 +119,8 @@ def measure(
             "single object: shape": float(parts["shape"][group == "single"].mean()),
             **{name: float(parts[name][group == name].mean()) for name in grammar.CATEGORIES},
         }
-    prompts = pictured_prompts()
-    sheet(draw(prompts, seed), prompts, folder / "samples.png", f"The miniature, guidance {guidances[-1]:g}")
+    pictured = pictured_prompts()
+    sheet(draw(pictured, seed), pictured, folder / "samples.png", f"The miniature, guidance {guidances[-1]:g}")
     return table
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from ddpo_jax.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionCon
 from ddpo_jax.models.tokenizer import Tokenizer, train_bpe
 from ddpo_jax.models.unet import UNet2DCondition, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
+from ddpo_jax.types import AnyArray
 
 PLAIN_ENGLISH = "a photo of a picture of an image the"
 EMPTY_CAPTION = 0.1  # share of training captions replaced by "", for classifier-free guidance
@@ -96,7 +98,7 @@ def verifier_stage(context: Context) -> Stage:
 def clip_config(context: Context) -> CLIPConfig:
     """Both towers in OpenAI's architecture."""
     sizes = context.sizes
-    tower = {
+    tower: dict[str, Any] = {
         "hidden_size": sizes.clip_width,
         "intermediate_size": 4 * sizes.clip_width,
         "projection_dim": sizes.projection,
@@ -114,7 +116,7 @@ def clip_config(context: Context) -> CLIPConfig:
     return CLIPConfig(text=text, vision=vision, projection_dim=sizes.projection)
 
 
-def clip_pixels(images: UInt8[Array, "N H W 3"]) -> Float[Array, "N H W 3"]:
+def clip_pixels(images: UInt8[AnyArray, "N H W 3"]) -> Float[Array, "N H W 3"]:
     """Pictures of the world as CLIP's input: no resizing, CLIP's mean and standard deviation."""
     return preprocess.normalize(images.astype(jnp.float32) / 255)
 
@@ -141,7 +143,7 @@ def neighbor(spec: grammar.Spec, rng: np.random.Generator) -> grammar.Spec:
             return dataclasses.replace(spec, things=things)
 
 
-def _other(words: tuple[str, ...], word: str, rng: np.random.Generator) -> str:
+def _other(words: tuple[str, ...], word: str | None, rng: np.random.Generator) -> str:
     return [other for other in words if other != word][rng.integers(len(words) - 1)]
 
 
@@ -312,10 +314,10 @@ def encode_bank(context: Context) -> dict[str, np.ndarray]:
         latents.append(np.asarray(encode(state, images)))
         ids.append(context.tokenizer(captions).astype(np.int16))
     values = np.concatenate(latents)
-    factor = np.float32(1 / values.std())
+    factor = np.asarray(1 / values.std(), np.float32)
     bank = {"latents": (values * factor).astype(np.float16), "ids": np.concatenate(ids), "scaling_factor": factor}
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **bank)
+    np.savez(path, **bank)  # type: ignore[arg-type]  # numpy's stub takes a value for allow_pickle
     return bank
 
 

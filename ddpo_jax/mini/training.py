@@ -75,7 +75,7 @@ def stream(seed: int, name: str, step: int) -> np.random.Generator:
 
 def _write_atomically(path: Path, arrays: Arrays) -> None:
     temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, **arrays)
+    np.savez(temporary, **arrays)  # type: ignore[arg-type]  # numpy's stub takes a value for allow_pickle
     os.replace(temporary, path)
 
 
@@ -94,7 +94,7 @@ def _unpack(tree: Any, arrays: Any, prefix: str, path: Path) -> Any:
     return jax.tree.unflatten(structure, loaded)
 
 
-def trained(stage: Stage, workdir: Path, seed: int) -> nnx.Module:
+def trained(stage: Stage, workdir: Path, seed: int) -> Any:  # the nnx.Module that the stage makes
     """The stage's module with the parameters of its newest checkpoint (averaged ones if the stage averages)."""
     path = workdir / stage.name / "checkpoint.npz"
     if not path.exists():

@@ -70,7 +70,7 @@ class AestheticHead(nnx.Module):
         return x[:, 0]
 
 
-def score(head: AestheticHead, embeddings: Float[Array, "N D"]) -> Float[Array, " N"]:
+def score(head: AestheticHead, embeddings: Float[AnyArray, "N D"]) -> Float[Array, " N"]:
     """The head on embeddings of any length: they are L2-normalised first."""
     with jax.default_matmul_precision("highest"):  # published values are float32; TF32 moves them in the third digit
         return head(embeddings / jnp.linalg.norm(embeddings, axis=-1, keepdims=True))

@@ -145,8 +145,8 @@ def _input_gradient(dy: Array, kernel: Array, shape: tuple[int, ...], stride: in
     turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     if stride == 1:
         return _conv_lax(dy, turned, 1, (edges[0], edges[1]))
-    spread = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *((*edge, stride - 1) for edge in edges), (0, 0, 0)))
-    return _conv_lax(spread, turned, 1, ((0, 0), (0, 0)))
+    dilated = lax.pad(dy, jnp.zeros((), dy.dtype), ((0, 0, 0), *((*edge, stride - 1) for edge in edges), (0, 0, 0)))
+    return _conv_lax(dilated, turned, 1, ((0, 0), (0, 0)))
 
 
 _conv_cpu.defvjp(_conv_cpu_fwd, _conv_cpu_bwd)
