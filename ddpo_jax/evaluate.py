@@ -17,6 +17,7 @@ example:
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
 import pytest
 import tiny
 import tiny_reward
-from absl import logging
 from PIL import Image
 
 from ddpo_jax import config as configs
@@ -73,10 +73,10 @@ def arguments(folder, workdir, task, num_epochs=3):
 
 @pytest.fixture
 def log(monkeypatch):
-    """Lines that the run logs."""
+    """Lines that the training loop logs."""
     lines = []
-    monkeypatch.setattr(logging, "info", lambda text, *args: lines.append(text % args))
-    monkeypatch.setattr(logging, "warning", lambda text, *args: lines.append(text % args))
+    stand_in = types.SimpleNamespace(info=lambda text, *args: lines.append(text % args))
+    monkeypatch.setattr("ddpo_jax.train.logging", stand_in)
     return lines
 
 

@@ -118,7 +118,7 @@ def clip_config(context: Context) -> CLIPConfig:
 
 def clip_pixels(images: UInt8[AnyArray, "N H W 3"]) -> Float[Array, "N H W 3"]:
     """Pictures of the world as CLIP's input: no resizing, CLIP's mean and standard deviation."""
-    return preprocess.normalize(images.astype(jnp.float32) / 255)
+    return preprocess.normalize(jnp.asarray(images.astype(jnp.float32) / 255))
 
 
 def neighbor(spec: grammar.Spec, rng: np.random.Generator) -> grammar.Spec:
@@ -315,7 +315,8 @@ def encode_bank(context: Context) -> dict[str, np.ndarray]:
         ids.append(context.tokenizer(captions).astype(np.int16))
     values = np.concatenate(latents)
     factor = np.asarray(1 / values.std(), np.float32)
-    bank = {"latents": (values * factor).astype(np.float16), "ids": np.concatenate(ids), "scaling_factor": factor}
+    scaled = (values * factor).astype(np.float16)
+    bank: dict[str, np.ndarray] = {"latents": scaled, "ids": np.concatenate(ids), "scaling_factor": factor}
     path.parent.mkdir(parents=True, exist_ok=True)
     np.savez(path, **bank)  # type: ignore[arg-type]  # numpy's stub takes a value for allow_pickle
     return bank

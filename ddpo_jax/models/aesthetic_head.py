@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ddpo_jax.types import AnyArray
+
 
 @dataclasses.dataclass(frozen=True)
 class AestheticHeadConfig:

@@ -16,8 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real, UInt8
 
-from ddpo_jax.types import AnyArray
-
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of every CLIP and BLIP reward
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 RESIZE_PATHS = ("pil", "float")
@@ -93,7 +91,7 @@ def center_crop(images: Array, size: int) -> Array:
 
 
 def normalize(
-    images: Float[AnyArray, "N H W 3"], mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
+    images: Float[Array, "N H W 3"], mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD
 ) -> Float[Array, "N H W 3"]:
     """(x - mean) / std per channel, x in [0, 1]."""
     return (images - jnp.asarray(mean, jnp.float32)) / jnp.asarray(std, jnp.float32)

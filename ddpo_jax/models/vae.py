@@ -229,21 +229,66 @@ class AutoencoderKL(nnx.Module):
         mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, latents: Float[Array, "B h w c"], *, slice_size: int | None = None) -> Float[Array, "B H W C"]:
+    def decode(
+        self, latents: Float[Array, "B h w c"], *, slice_size: int | None = None, tile_size: int | None = None
+    ) -> Float[Array, "B H W C"]:
         """Images, nominally in [-1, 1] and not clipped, float32.
 
         Args:
           latents: unscaled latents.
           slice_size: decode this many at a time, one after another, so that memory does not grow with B.
+          tile_size: decode squares of so many latent pixels, one after another, so that memory does not grow with the
+            image either. They overlap by a quarter and are blended; norms and attention see a tile instead of the
+            image, so the result differs slightly.
+
+        Raises:
+          ValueError: ``slice_size`` is below 1 or ``tile_size`` below 4.
         """
-        if slice_size is None or slice_size >= latents.shape[0]:
-            return self._decode(latents)
-        if slice_size < 1:
+        if tile_size is not None and tile_size < 4:
+            raise ValueError(f"tile_size={tile_size}: must be at least 4; use None to decode whole images")
+        if slice_size is not None and slice_size < 1:
             raise ValueError(f"slice_size={slice_size}: must be at least 1; use None to decode all at once")
+
+        def decode(latents: Array) -> Array:
+            return self._decode(latents) if tile_size is None else self._decode_tiles(latents, tile_size)
+
+        if slice_size is None or slice_size >= latents.shape[0]:
+            return decode(latents)
         count = -(-latents.shape[0] // slice_size)
         padded = jnp.pad(latents, ((0, count * slice_size - latents.shape[0]), (0, 0), (0, 0), (0, 0)))
-        images = lax.map(self._decode, padded.reshape(count, slice_size, *latents.shape[1:]))
+        images = lax.map(decode, padded.reshape(count, slice_size, *latents.shape[1:]))
         return images.reshape(-1, *images.shape[2:])[: latents.shape[0]]
+
+    def _decode_tiles(self, latents: Float[Array, "B h w c"], tile_size: int) -> Float[Array, "B H W C"]:
+        batch, *sizes, channels = latents.shape
+        factor, overlap = self.config.factor, tile_size // 4
+        tiles = [min(tile_size, size) for size in sizes]
+        # Evenly spread, the first at the near edge and the last at the far edge, overlapping by a quarter or more.
+        counts = [1 + -(-(size - tile) // (tile - overlap)) for size, tile in zip(sizes, tiles, strict=True)]
+        starts = [
+            [round(index * (size - tile) / max(count - 1, 1)) for index in range(count)]
+            for size, tile, count in zip(sizes, tiles, counts, strict=True)
+        ]
+        ramps = []
+        for tile in tiles:
+            distance = jnp.arange(tile * factor) + 0.5  # to the near edge; reversed, to the far one
+            ramps.append(jnp.minimum(jnp.minimum(distance, distance[::-1]) / (overlap * factor), 1.0))
+        weight = ramps[0][:, None, None] * ramps[1][None, :, None]
+
+        def add(carry: tuple[Array, Array], start: Array) -> tuple[tuple[Array, Array], None]:
+            total, weights = carry
+            tile = lax.dynamic_slice(latents, (0, start[0], start[1], 0), (batch, *tiles, channels))
+            place = (0, start[0] * factor, start[1] * factor, 0)
+            image = self._decode(tile) * weight
+            total = lax.dynamic_update_slice(total, lax.dynamic_slice(total, place, image.shape) + image, place)
+            here = lax.dynamic_slice(weights, place[1:], weight.shape) + weight
+            return (total, lax.dynamic_update_slice(weights, here, place[1:])), None
+
+        height, width = (size * factor for size in sizes)
+        empty = jnp.zeros((batch, height, width, self.config.out_channels)), jnp.zeros((height, width, 1))
+        places = jnp.asarray([(top, left) for top in starts[0] for left in starts[1]])
+        (total, weights), _ = lax.scan(add, empty, places)
+        return total / weights
 
     def _decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W C"]:
         hidden = latents.astype(self.dtype)

@@ -14,7 +14,10 @@ def ratio(log_prob: Float[Array, "..."], old_log_prob: Float[AnyArray, "..."]) -
 
 
 def clipped(
-    log_prob: Float[Array, "..."], old_log_prob: Float[AnyArray, "..."], advantages: Float[AnyArray, "..."], clip_range: float
+    log_prob: Float[Array, "..."],
+    old_log_prob: Float[AnyArray, "..."],
+    advantages: Float[AnyArray, "..."],
+    clip_range: float,
 ) -> Float[Array, "..."]:
     """PPO surrogate ``max(-A r, -A clip(r, 1 - c, 1 + c))`` (Schulman et al. 2017 Eq. 7; DDPO; LOOP Eq. 13).
 
@@ -34,7 +37,10 @@ def clipped(
 
 
 def clamped(
-    log_prob: Float[Array, "..."], old_log_prob: Float[AnyArray, "..."], advantages: Float[AnyArray, "..."], clip_range: float
+    log_prob: Float[Array, "..."],
+    old_log_prob: Float[AnyArray, "..."],
+    advantages: Float[AnyArray, "..."],
+    clip_range: float,
 ) -> Float[Array, "..."]:
     """Clamp-only surrogate ``-A clip(r, 1 - c, 1 + c)``: no gradient outside the range, in either direction.
 

@@ -108,6 +108,30 @@ def test_sliced_decode_is_decode(slice_size):
         model.decode(latents, slice_size=0)
 
 
+def test_tiles_are_decoded_alone_and_blended():
+    torch = pytest.importorskip("torch")
+    diffusers = pytest.importorskip("diffusers")
+    model = _ours("bare")  # one level: an image pixel per latent pixel
+    reference = diffusers.AutoencoderKL.from_config(CONFIGS["bare"]).eval()
+    reference.load_state_dict(_reference("bare")[0])
+    latents = np.random.default_rng(1).standard_normal((2, 14, 6, 4)).astype(np.float32)
+    # Tiles of 8 rows at 0 and 6, overlapping by 2, and all 6 columns; ramps of 2 pixels at their ends.
+    ramp = np.array([0.25, 0.75, 1, 1, 1, 1, 0.75, 0.25])
+    total, weights = np.zeros((2, 14, 6, 3)), np.zeros((14, 1, 1))
+    for top in (0, 6):
+        with torch.inference_mode():
+            tile = reference.decode(torch.tensor(latents[:, top : top + 8]).permute(0, 3, 1, 2)).sample
+        total[:, top : top + 8] += tile.permute(0, 2, 3, 1).numpy() * ramp[:, None, None]
+        weights[top : top + 8] += ramp[:, None, None]
+    tiled = _run(lambda latents: model.decode(latents, tile_size=8), latents)
+    np.testing.assert_allclose(tiled, total / weights, atol=1e-4)
+    # A tile as large as the image is the image.
+    whole = _run(lambda latents: model.decode(latents, slice_size=1, tile_size=16), latents)
+    np.testing.assert_allclose(whole, _run(model.decode, latents), atol=1e-5)
+    with pytest.raises(ValueError, match="tile_size=3"):
+        model.decode(latents, tile_size=3)
+
+
 def test_bfloat16_is_near_float32():
     model = _ours("three levels", dtype=jnp.bfloat16)
     decoded = _run(model.decode, _inputs(CONFIGS["three levels"])[1])
