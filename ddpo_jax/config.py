@@ -77,9 +77,7 @@ def default_config() -> ConfigDict:
     train.clip_range = None  # trust region of the per-step ratio; by latent size: 1e-4 * sqrt(16384 / dimensions)
     train.adv_clip_max = 10.0  # advantages are clipped to +- this, in units of the advantage
     train.timestep_fraction = 1.0  # part of the T steps trained per image, in (0, 1], drawn at random
-    train.step_sampling = (
-        "uniform"  # how they are drawn: uniform, or importance (proportional to the weighting, unbiased)
-    )
+    train.step_sampling = "uniform"  # uniform, or importance: drawn in proportion to the weighting, unbiased
     train.lora_rank = None  # rank of low-rank adapters on the attention; 0 = train the whole UNet; by model
     train.lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # layers that get an adapter: ends of their names
     train.ema_decay = 0.0  # decay per update of an average of the parameters, in [0, 1); 0 = no average

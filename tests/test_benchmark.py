@@ -23,6 +23,7 @@ def command(*argv):
     return cli.run(benchmark.main, argv)
 
 
+@pytest.mark.slow
 def test_random_weights_run_and_every_number_is_positive(sizes, capsys):
     assert command(*FEW, "--random-weights") == 0
     result = json.loads(capsys.readouterr().out)
@@ -38,6 +39,7 @@ def test_random_weights_run_and_every_number_is_positive(sizes, capsys):
     assert rows["rollout, first run (compiles)"]["value"] > 8 / rate
 
 
+@pytest.mark.slow
 def test_memory_only_allocates_nothing_and_counts_what_is_resident(sizes, capsys):
     assert command(*FEW, "--memory-only") == 0
     rows = {row["what"]: row["value"] * 2**30 for row in json.loads(capsys.readouterr().out)["rows"]}
@@ -63,6 +65,7 @@ def _shapes(config):
     ).values()
 
 
+@pytest.mark.slow
 def test_the_work_of_training_everything_is_three_forwards_and_of_adapters_two():
     config = configs.default_config()
     config.model = "tiny"

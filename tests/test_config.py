@@ -271,7 +271,7 @@ def test_resolve_turns_whole_numbers_into_declared_numbers():
 WRONG = {
     "dtype": "float16", "attention": "fast", "train.remat": "yes", "train.recompute_log_prob": "yes",
     "sample.num_steps": 1001, "train.timestep_fraction": 1.5, "train.adam_b1": 1.0, "train.ema_decay": 1.0,
-    "train.adv_clip_max": float("nan"), "train.learning_rate": float("inf"),
+    "train.step_sampling": "twice", "train.adv_clip_max": float("nan"), "train.learning_rate": float("inf"),
 }  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def arguments(folder, workdir, task, num_epochs=3):
 def log(monkeypatch):
     """Lines that the training loop logs."""
     lines = []
-    stand_in = types.SimpleNamespace(info=lambda text, *args: lines.append(text % args))
+    stand_in = types.SimpleNamespace(info=lambda text, *args: lines.append(text % args if args else str(text)))
     monkeypatch.setattr("ddpo_jax.train.logging", stand_in)
     return lines
 

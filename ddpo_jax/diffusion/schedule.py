@@ -49,7 +49,7 @@ def make(config: Mapping[str, Any], num_steps: int, eta: float) -> Schedule:
     Raises:
       ValueError: for an option of the config that is not supported, or ``num_steps`` out of range.
     """
-    kind = config.get("_class_name")  # classes differ in what a key that is left out means
+    kind = config["_class_name"] if "_class_name" in config else None  # they differ in what an absent key means
     options: dict[str, Any] = {
         "num_train_timesteps": 1000,
         "beta_start": 0.0001,
