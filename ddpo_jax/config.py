@@ -37,7 +37,7 @@ BY_MODEL: dict[str, tuple[Any, Any]] = {
     "sample.num_steps": (10, 50),
     "sample.batch_size": (32, 8),
     "sample.num_batches_per_epoch": (4, 32),
-    "train.learning_rate": (3e-4, 3e-4),
+    "train.learning_rate": (1e-4, 3e-4),
     "train.lora_rank": (0, 4),
 }
 # Of both models too, but computed: an epoch is this many updates, a microbatch at most this many images.
