@@ -43,6 +43,7 @@ PEAKS = {
     "TPU v6e": 918e12,
 }
 CHIPS = {"H100": 80, "A100": 40, "TPU v4": 32, "TPU v5e": 16}  # GiB of memory on each, for the table of what fits
+REMAT = ("on", "off")
 _USABLE = 0.92  # of a chip's memory: the runtime keeps some, and allocation wastes some
 
 
@@ -134,7 +135,7 @@ def memory(config: ConfigDict, size: Size) -> Iterator[Memory]:
       config: resolved; its ``train.lora_rank`` (4 if it is 0) and all else but ``train.remat`` are kept.
       size: of the networks.
     """
-    for rank, remat in itertools.product((config.train.lora_rank or 4, 0), ("on", "off")):
+    for rank, remat in itertools.product((config.train.lora_rank or 4, 0), REMAT):
         config = config.copy_and_resolve_references()
         config.train.lora_rank, config.train.remat = rank, remat
         kind = f"adapters of rank {rank}" if rank else "whole UNet"

@@ -7,7 +7,7 @@ size) runs the same experiment on the miniature, where whatever depends on the s
 - ``clip_range``: 1e-4 * sqrt(16384 / latent dimensions), the same trust region on the mean of fewer dimensions;
 - images of an epoch and of an update: the paper's, or fewer in the same number of updates where an epoch of the paper
   would be most of the run; the preset says which;
-- ``learning_rate``: 3e-4 * sqrt(images of an update / 64): 3e-4 suits the miniature at 64 images, and the steps of Adam
+- ``learning_rate``: 1e-4 * sqrt(images of an update / 64): 1e-4 suits the miniature at 64 images, and the steps of Adam
   grow with the square root of the batch. Methods that a paper trains at one rate stay at one rate;
 - ``num_epochs``: 1500 reward queries;
 - ``replay.k``: per device, so that the replayed share of an epoch on one device is the paper's on its devices;

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import select
 import struct
 import termios
 
@@ -184,7 +185,9 @@ def test_progress_on_a_terminal_is_a_bar():
         progress.update(row(1, 0.75))
         progress.close()
         terminal.flush()
-        shown = os.read(leader, 65536).decode()
+        shown = ""
+        while select.select([leader], [], [], 0.5)[0]:  # one read may return only a part
+            shown += os.read(leader, 65536).decode()
     os.close(leader)
     for part in ("sampling", "2/2", "reward 0.75", "queries 128", "ETA 0:00", "100%"):
         assert part in shown

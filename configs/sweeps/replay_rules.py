@@ -5,7 +5,7 @@ The larger rate is proportional to the gradients that replay adds: 16 replayed i
 """
 
 BASELINE = "replay=none, learning_rate=7.5e-05"
-RATE = 7.5e-5  # of the preset on the miniature: 3e-4 * sqrt(4 / 64)
+RATE = 2.5e-5  # of the preset on the miniature: 1e-4 * sqrt(4 / 64)
 
 
 def runs():
