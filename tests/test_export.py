@@ -176,6 +176,7 @@ def test_the_model_of_a_run_keeps_its_reference(runs):
 )
 def test_wrong_input_is_one_line_and_exit_code_2(runs, tmp_path, capsys, rank, argv, message):
     workdir = tmp_path if rank is None else runs(rank)
+    capsys.readouterr()  # of the training
     assert command(f"--workdir={workdir}", f"--out={tmp_path / 'out'}", *argv) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1 and re.search(message, printed), printed
