@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from ddpo_jax import errors
+
+MAX_CPU_DEVICES = 8  # beyond it a device's share of a batch of the miniature is too small to keep a core busy
 
 
 class Parser(argparse.ArgumentParser):
@@ -38,10 +42,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def cache_compilations() -> None:
-    """Keeps compiled programs between processes, in ``~/.cache/ddpo_jax`` unless JAX was told another place."""
+def set_up_jax() -> None:
+    """Before JAX starts: compiled programs are kept between processes, and every CPU core is a device of its own.
+
+    Compiled programs go to ``~/.cache/ddpo_jax`` unless JAX was told another place. XLA:CPU runs a network of the
+    miniature's size on one core, whatever it has; as devices of a mesh the cores work side by side. Their number is a
+    power of two, so that it divides usual batch sizes; ``JAX_NUM_CPU_DEVICES`` or ``XLA_FLAGS`` have the last word.
+    """
     import jax  # not at the top: --help and wrong flags answer at once
 
+    if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        jax.config.update("jax_num_cpu_devices", min(1 << (cores.bit_length() - 1), MAX_CPU_DEVICES))
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # attributes are made at run time
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "ddpo_jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
@@ -64,5 +76,6 @@ def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = N
         print(error, file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        return 130
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     return 0

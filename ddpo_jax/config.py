@@ -33,16 +33,20 @@ STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 # Defaults that depend on the model: key -> (the miniature, Stable Diffusion). They are None until ``resolve``.
 BY_MODEL: dict[str, tuple[Any, Any]] = {
-    "num_epochs": (20, 100),
+    "num_epochs": (60, 100),
     "sample.num_steps": (10, 50),
     "sample.batch_size": (32, 8),
     "sample.num_batches_per_epoch": (4, 32),
     "train.learning_rate": (1e-4, 3e-4),
+    "train.timestep_fraction": (0.3, 1.0),  # 1 for an algorithm whose loss couples the steps
     "train.lora_rank": (0, 4),
+    "checkpoint.every": (5, 1),  # of the miniature one takes as long as a third of an epoch
 }
 # Of both models too, but computed: an epoch is this many updates, a microbatch at most this many images.
-UPDATES_PER_EPOCH = (2, 4)
+UPDATES_PER_EPOCH = (1, 4)
 MAX_MICROBATCH = (32, 2)
+# What a resumed run may change, besides log.* and mesh.*.
+FREE = ("checkpoint.every", "checkpoint.keep", "train.microbatch_size")
 COMPUTED = {"train.batch_size": int, "train.microbatch_size": int, "train.clip_range": float}
 
 
@@ -76,8 +80,8 @@ def default_config() -> ConfigDict:
     train.num_inner_epochs = 1  # passes over an epoch's images
     train.clip_range = None  # trust region of the per-step ratio; by latent size: 1e-4 * sqrt(16384 / dimensions)
     train.adv_clip_max = 10.0  # advantages are clipped to +- this, in units of the advantage
-    train.timestep_fraction = 1.0  # part of the T steps trained per image, in (0, 1], drawn at random
-    train.step_sampling = "uniform"  # uniform, or importance: drawn in proportion to the weighting, unbiased
+    train.timestep_fraction = None  # part of the T steps trained per image, in (0, 1], at least one; by model
+    train.step_sampling = "importance"  # how they are drawn: in proportion to the weighting, unbiased; or uniform
     train.lora_rank = None  # rank of low-rank adapters on the attention; 0 = train the whole UNet; by model
     train.lora_targets = ("to_q", "to_k", "to_v", "to_out.0")  # layers that get an adapter: ends of their names
     train.ema_decay = 0.0  # decay per update of an average of the parameters, in [0, 1); 0 = no average
@@ -100,11 +104,11 @@ def default_config() -> ConfigDict:
     prompts.samples_per_prompt = 4  # images K of each drawn prompt; group baselines compare these
 
     config.mesh = mesh = ConfigDict()  # devices
-    mesh.data = -1  # devices that split the images only; -1 = all that fsdp leaves
+    mesh.data = -1  # devices that split the images only; -1 = all that fsdp leaves (CPU: cores that divide the batches)
     mesh.fsdp = 1  # devices that split the images and also share one copy of the parameters
 
     config.checkpoint = checkpoint = ConfigDict()
-    checkpoint.every = 1  # epochs between checkpoints; the last epoch is always saved
+    checkpoint.every = None  # epochs between checkpoints; the last epoch is always saved; by model
     checkpoint.keep = 2  # latest checkpoints kept; the best by reward is kept as well
 
     config.log = log = ConfigDict()
@@ -185,6 +189,8 @@ def resolve(config: ConfigDict, backend: str, num_devices: int = 1) -> ConfigDic
         config.model = "mini" if backend == "cpu" else STABLE_DIFFUSION
     mini = is_miniature(config.model)
     column = 0 if mini else 1
+    if config.train.timestep_fraction is None and not traits(config).separable:
+        config.train.timestep_fraction = 1.0
     for key, values in BY_MODEL.items():
         if get(config, key) is None:
             put(config, key, values[column])
@@ -199,8 +205,12 @@ def resolve(config: ConfigDict, backend: str, num_devices: int = 1) -> ConfigDic
         config.train.recompute_log_prob = "on" if config.dtype == "bfloat16" else "off"
     if config.train.batch_size is None:
         config.train.batch_size = _train_batch_size(config, UPDATES_PER_EPOCH[column])
+    if config.mesh.data == -1 and backend == "cpu":
+        config.mesh.data = _cpu_devices(config, num_devices)
+    if config.mesh.data != -1:
+        num_devices = config.mesh.data * config.mesh.fsdp
     if config.train.microbatch_size is None:
-        images = max(config.train.batch_size // num_devices, 1)
+        images = max(config.train.batch_size // max(num_devices, 1), 1)
         config.train.microbatch_size = max(n for n in range(1, MAX_MICROBATCH[column] + 1) if images % n == 0)
     return config
 
@@ -247,6 +257,15 @@ def _train_batch_size(config: ConfigDict, updates: int) -> int:
     images, group = config.sample.batch_size * config.sample.num_batches_per_epoch, config.prompts.samples_per_prompt
     once = not traits(config).importance_ratio
     return images if once or images % updates or images // updates % max(group, 1) else images // updates
+
+
+def _cpu_devices(config: ConfigDict, num_devices: int) -> int:
+    """As many of the CPU's cores as split the batches evenly; -1 where nothing does."""
+    train = config.train
+    sizes = config.sample.batch_size, train.batch_size, train.batch_size // (train.microbatch_size or 1)
+    fsdp = max(config.mesh.fsdp, 1)
+    counts = range(num_devices // fsdp, 0, -1)
+    return next((n for n in counts if not any(size % (n * fsdp) for size in sizes)), -1)
 
 
 def traits(config: ConfigDict) -> Any:
@@ -377,7 +396,8 @@ def from_json(text: str) -> ConfigDict:
 def diff_that_matters(old: ConfigDict, new: ConfigDict) -> list[str]:
     """What forbids to go on with a run: one line for each key whose change would make another run of it.
 
-    ``num_epochs`` may grow; ``log.*``, ``checkpoint.every`` and ``checkpoint.keep`` may change.
+    ``num_epochs`` may grow; ``log.*``, ``mesh.*`` and ``FREE`` may change: on other devices a run goes on with the same
+    numbers up to rounding.
 
     Args:
       old: the config the run was started with.
@@ -386,7 +406,7 @@ def diff_that_matters(old: ConfigDict, new: ConfigDict) -> list[str]:
     before, after = (flatten(from_json(to_json(config))) for config in (old, new))  # both with tuples, as read back
     lines = []
     for key in before | after:
-        if key.startswith("log.") or key in ("checkpoint.every", "checkpoint.keep"):
+        if key.startswith(("log.", "mesh.")) or key in FREE:
             continue
         was, now = before.get(key, "absent"), after.get(key, "absent")
         if was == now or (key == "num_epochs" and now > was):

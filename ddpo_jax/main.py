@@ -26,7 +26,6 @@ import os
 import pathlib
 import re
 import runpy
-import signal
 import sys
 import tempfile
 import tokenize
@@ -67,27 +66,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # rewards and prompts of the user's own, however we were started
-    try:
-        arguments = parse(argv)
-        show_log()
-        config = prepare(load(arguments))
-        make_workdir(arguments.workdir)
-        from ddpo_jax.train import train
+    return cli.run(command, argv)
 
-        train(config, arguments.workdir)
-    except ValueError as error:
-        if not errors.raised_here(error):
-            raise
-        return _complain(error, 2)
-    except errors.RunFailure as error:
-        return _complain(error, 1)
-    except errors.Interrupted as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped before training began", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+
+def command(argv: Sequence[str]) -> None:
+    """Trains what the command line says.
+
+    Raises:
+      ValueError, RunFailure, Interrupted: see ``train``.
+    """
+    arguments = parse(argv)
+    show_log()
+    config = prepare(load(arguments))
+    make_workdir(arguments.workdir)
+    from ddpo_jax.train import train
+
+    train(config, arguments.workdir)
 
 
 def parse(argv: Sequence[str]) -> Arguments:
@@ -203,7 +197,7 @@ def prepare(config: ConfigDict) -> ConfigDict:
 
     from ddpo_jax.validate import validate
 
-    cli.cache_compilations()
+    cli.set_up_jax()
     try:
         backend, devices = jax.default_backend(), jax.device_count()
     except (RuntimeError, AssertionError) as error:  # jax asserts that a platform it knows but lacks is there
@@ -274,12 +268,6 @@ def help_text() -> str:
     parts += ["", "members, besides your own as package.module (reward, prompts: package.module:function):"]
     parts += [f"  {family}.name: {', '.join(find.available(package))}" for family, package in configs.FAMILIES.items()]
     return "\n".join(parts)
-
-
-def _complain(error: Exception, code: int) -> int:
-    for line in str(error).splitlines():
-        print(f"error: {line}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -10,6 +10,10 @@ size) runs the same experiment on the miniature, where whatever depends on the s
 - ``learning_rate``: 1e-4 * sqrt(images of an update / 64): 1e-4 suits the miniature at 64 images, and the steps of Adam
   grow with the square root of the batch. Methods that a paper trains at one rate stay at one rate;
 - ``num_epochs``: 1500 reward queries;
+- ``algorithm.min_count``: 4, where there is one: a prompt is drawn some 30 times in a run, which is too few to wait for
+  the papers' 16 before its own statistics count;
+- ``timestep_fraction``: the miniature's own 3 of 10 steps, drawn in proportion to the weighting, so the gradient stays
+  unbiased at a third of its cost; all steps where the loss couples them;
 - ``replay.k``: per device, so that the replayed share of an epoch on one device is the paper's on its devices;
 - prompts: 48 of the miniature's world in place of the 45 animals, its over 100 000 in place of as many of HPDv2;
 - about 20 checkpoints and image grids in a run.
@@ -27,7 +31,8 @@ from ddpo_jax import config as configs
 from ddpo_jax import keys
 
 QUERIES = 1500  # reward queries of a run on the miniature
-LEARNING_RATE, AT_IMAGES = configs.BY_MODEL["train.learning_rate"][0], 64
+LEARNING_RATE, AT_IMAGES = 1e-4, 64
+MIN_COUNT = 4
 SAVES = 20
 
 
@@ -44,6 +49,13 @@ def split(arg: str) -> tuple[str, str, str]:
         family = key.removesuffix(".name")
         (model if key == "model" else members if family in configs.FAMILIES else rest).append(item)
     return ",".join(model), ",".join(members), ",".join(rest)
+
+
+def choose_members(config: ConfigDict, members: str) -> None:
+    """Applies the members of an argument and this module's rule for their options, in place."""
+    configs.with_choices(config, members)
+    if configs.is_miniature(config.model) and "min_count" in config.algorithm:
+        config.algorithm.min_count = MIN_COUNT
 
 
 def learning_rate(images: int) -> float:

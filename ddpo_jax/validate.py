@@ -59,7 +59,7 @@ RULES: dict[str, Rule] = {
     "train.num_inner_epochs": _at_least(1),
     "train.clip_range": (lambda value: value is None or 0 < value < math.inf, "it must be above 0", "leave it out"),
     "train.adv_clip_max": (lambda value: value > 0, "it must be above 0", "use 10.0"),
-    "train.timestep_fraction": (lambda value: 0 < value <= 1, "it must be in (0, 1]", "use 1.0"),
+    "train.timestep_fraction": (lambda value: 0 < value <= 1, "it must be in (0, 1]", "use 0.3"),
     "train.step_sampling": _one_of("uniform", "importance"),
     "train.lora_rank": _at_least(0, "use 0 to train the whole UNet, 4 for adapters"),
     "train.ema_decay": _decay("0.0"),
@@ -98,14 +98,12 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     if not broken & {"sample.batch_size", "sample.num_batches_per_epoch", "train.batch_size", "train.microbatch_size",
                      "prompts.samples_per_prompt", "mesh.data", "mesh.fsdp"}:  # fmt: skip
         faults += _sizes(config, num_devices)
-    if not broken & {"sample.num_steps", "train.timestep_fraction"}:
-        faults += _steps(config)
     faults += _algorithm(config)
     if not broken & {"sample.num_steps"}:
         faults += _weighting(config)
     if not broken & {"sample.batch_size", "sample.num_batches_per_epoch", "prompts.samples_per_prompt",
                      "replay.k", "replay.history"}:  # fmt: skip
-        faults += _replay(config, num_devices)
+        faults += _replay(config, _used(config, num_devices))
     faults += _model(config)
     if faults:
         raise ValueError("\n".join(faults))
@@ -117,11 +115,12 @@ def _sizes(config: ConfigDict, num_devices: int) -> Iterator[str]:
     data, fsdp = config.mesh.data, config.mesh.fsdp
     if data == -1 and num_devices % fsdp:
         yield f"mesh.fsdp: received {fsdp}; it must divide the {num_devices} devices; use {_near(num_devices, fsdp)}"
-    if data != -1 and data * fsdp != num_devices:
+    if data != -1 and data * fsdp > num_devices:
         yield (
-            f"mesh.data: received {data}; data x fsdp = {data} x {fsdp} must be the {num_devices} devices of this run; "
-            "use mesh.data=-1"
+            f"mesh.data: received {data}; data x fsdp = {data} x {fsdp} must be at most the {num_devices} devices "
+            "there are; use mesh.data=-1"
         )
+    num_devices = _used(config, num_devices)
     if sample.batch_size % group:
         yield (
             f"prompts.samples_per_prompt: received {group}; it must divide sample.batch_size={sample.batch_size}; "
@@ -144,15 +143,6 @@ def _sizes(config: ConfigDict, num_devices: int) -> Iterator[str]:
         yield (
             f"train.microbatch_size: received {train.microbatch_size}; it must divide the {per_device} images of an "
             f"update on one device; use {_near(per_device, train.microbatch_size)}"
-        )
-
-
-def _steps(config: ConfigDict) -> Iterator[str]:
-    trained = config.sample.num_steps * config.train.timestep_fraction
-    if trained < 1:
-        yield (
-            f"train.timestep_fraction: received {config.train.timestep_fraction!r}; of {config.sample.num_steps} steps "
-            f"at least one must be trained; use {math.ceil(1e4 / config.sample.num_steps) / 1e4} or more"
         )
 
 
@@ -237,6 +227,11 @@ def _model(config: ConfigDict) -> Iterator[str]:
     elif (config.model[0] in "/.~" or folder.is_dir()) and not (folder / "model_index.json").is_file():
         what = "has no model_index.json" if folder.is_dir() else "does not exist"
         yield f"model: received {config.model!r}; the folder {what}; give a diffusers folder, a hub id, or mini"
+
+
+def _used(config: ConfigDict, num_devices: int) -> int:
+    """The devices of the mesh; all there are where it asks for more, which ``_sizes`` reports."""
+    return num_devices if config.mesh.data == -1 else min(config.mesh.data * config.mesh.fsdp, num_devices)
 
 
 def _near(number: int, wanted: int) -> int:

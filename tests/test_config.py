@@ -118,10 +118,30 @@ def test_every_algorithm_runs_with_the_defaults(name, backend, devices):
 
 
 def test_default_batches():
-    assert made().train.batch_size == 64  # 32 x 4 images in 2 updates
-    assert made(devices=8).train.microbatch_size == 8  # 64 / 8 devices, at most 32
-    assert made("sample.batch_size=4", "sample.num_batches_per_epoch=1").train.batch_size == 4  # 2 is half a group
-    assert made("algorithm.name=ddpo_sf").train.batch_size == 128  # no importance ratio: one update
+    assert made().train.batch_size == 128  # 32 x 4 images in 1 update
+    assert made(devices=8).train.microbatch_size == 16  # 128 / 8 devices, at most 32
+    assert made(backend="gpu").train.batch_size == 64  # 8 x 32 images in 4 updates
+    few = "sample.batch_size=4", "sample.num_batches_per_epoch=1"
+    assert made(*few, backend="gpu").train.batch_size == 4  # 1 is a part of a group
+    assert made("algorithm.name=ddpo_sf", backend="gpu").train.batch_size == 256  # no importance ratio: one update
+
+
+def test_coupled_losses_train_all_steps_by_default():
+    assert made().train.timestep_fraction == 0.3
+    assert made("algorithm.name=prdp").train.timestep_fraction == 1.0
+    assert made(backend="gpu").train.timestep_fraction == 1.0
+
+
+def test_on_a_cpu_as_many_cores_work_as_split_the_batches():
+    assert made(devices=8).mesh.data == 8
+    assert made("sample.batch_size=12", devices=8).mesh.data == 6  # 12 x 4 images, one update
+    assert made("sample.batch_size=12", "train.microbatch_size=24", devices=8).mesh.data == 2  # 48 / 24 microbatches
+    assert made("mesh.fsdp=2", devices=8).mesh.data == 4
+    assert made("mesh.data=2", devices=8).mesh.data == 2
+    assert made("mesh.data=2", devices=8).train.microbatch_size == 32  # of 64 images
+    assert made(devices=8, backend="gpu").mesh.data == -1
+    old, new = made(devices=2), made(devices=8)
+    assert old != new and configs.diff_that_matters(old, new) == []
 
 
 def test_auto_options_of_a_member_follow_the_model(own):
@@ -292,13 +312,12 @@ def test_every_rule_names_its_key_value_and_fix(key):
         (["train.batch_size=60"], 1, "train.batch_size", "use 64"),  # of 128 images
         (["train.batch_size=256"], 1, "train.batch_size", "use 128"),
         (["train.batch_size=32", "train.microbatch_size=5"], 1, "train.microbatch_size", "use 4"),
-        (["sample.batch_size=12"], 8, "sample.batch_size", "use 16"),
-        (["train.batch_size=4"], 8, "train.batch_size", "use 8"),
-        (["mesh.data=2"], 8, "mesh.data", "2 x 1 must be the 8 devices"),
+        (["sample.batch_size=12", "mesh.data=8"], 8, "sample.batch_size", "use 16"),
+        (["train.batch_size=4", "mesh.data=8"], 8, "train.batch_size", "use 8"),
+        (["mesh.data=9"], 8, "mesh.data", "9 x 1 must be at most the 8 devices"),
         (["mesh.fsdp=3"], 8, "mesh.fsdp", "use 2"),
         (["sample.eta=0"], 1, "sample.eta", "no density"),
         (["sample.eta=1.5"], 1, "sample.eta", "use 1.0"),
-        (["train.timestep_fraction=0.05"], 1, "train.timestep_fraction", "use 0.1 or more"),
         (["model=/nowhere/model"], 1, "model", "the folder does not exist"),
         (["algorithm.name=loop", "prompts.samples_per_prompt=1"], 1, "prompts.samples_per_prompt", "at least 2"),
         (["algorithm.name=loop", "train.batch_size=2"], 1, "train.batch_size", "use 4"),
@@ -368,7 +387,7 @@ def test_what_a_resumed_run_may_change():
     assert configs.diff_that_matters(old, old) == []
     (shorter,) = configs.diff_that_matters(old, made("num_epochs=5"))
     assert shorter.startswith("num_epochs: received 5, but the run in this folder has 10; it may only grow")
-    changed = configs.diff_that_matters(old, made("num_epochs=10", "seed=1", "algorithm.name=ddpo_sf"))
+    changed = configs.diff_that_matters(old, made("num_epochs=10", "seed=1", "algorithm.name=prdp"))
     named = {line.split(":")[0] for line in changed}
-    assert {"seed", "algorithm.name", "algorithm.ratio_level", "train.batch_size"} <= named
+    assert {"seed", "algorithm.name", "algorithm.ratio_level", "train.timestep_fraction"} <= named
     assert "algorithm.ratio_level: received 'absent', but the run in this folder has 'step'" in "\n".join(changed)

@@ -54,7 +54,7 @@ def test_a_good_command_trains_the_resolved_config(capsys, train, tmp_path):
     ((config, workdir),) = train.calls
     assert workdir == tmp_path / "a" / "b" and workdir.is_dir() and not list(workdir.iterdir())
     assert (config.seed, config.model, config.reward.name) == (7, "mini", "jpeg_compressibility")
-    assert config.train.batch_size == 64
+    assert config.train.batch_size == 128
 
 
 def test_choices_come_before_overrides_and_workdir_has_a_default(capsys, train, tmp_path, monkeypatch):
@@ -117,7 +117,7 @@ def test_help_names_every_key_and_member(capsys):
         ([*SMALL, "--config.algorithm.name=none.such"], ["algorithm.name: received 'none.such'; "]),
         (["--config=configs/compressibility.py:algorithm"], ["config argument: received 'algorithm'"]),
         (
-            [*SMALL, "--config.seed=-1", "--config.sample.eta=0", "--config.sample.batch_size=12"],
+            [*SMALL, "--config.seed=-1", "--config.sample.eta=0", "--config.sample.batch_size=12", "--config.mesh.data=8"],
             ["seed: received -1", "sample.eta: received 0.0", "sample.batch_size: received 12"],
         ),
     ],
@@ -198,7 +198,7 @@ def raising(error):
         (errors.RunFailure("epoch 3: the reward raised KeyError"), 1, "error: epoch 3: the reward raised KeyError"),
         (errors.Interrupted(15), 143, "stopped by SIGTERM"),
         (errors.Interrupted(2, "stopped after epoch 4"), 130, "stopped after epoch 4"),
-        (KeyboardInterrupt(), 130, "stopped before training began"),
+        (KeyboardInterrupt(), 130, "stopped"),
     ],
 )
 def test_exit_codes(capsys, train, tmp_path, error, code, line):

@@ -9,7 +9,7 @@ miniature:  ...:model=mini (64 images in place of 256, in as many updates)
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.presets import on_miniature, split
+from ddpo_jax.presets import choose_members, on_miniature, split
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -34,7 +34,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     with_choices(config, model)
     on_miniature(config, images=64, update=16)
-    with_choices(config, members)
+    choose_members(config, members)
     if config.algorithm.name == "ddpo_sf":  # D.1: one update from all samples, at the same learning rate
         config.train.batch_size = config.sample.batch_size * config.sample.num_batches_per_epoch
     return with_choices(config, options)

@@ -15,7 +15,7 @@ here it is one.
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.presets import on_miniature, split
+from ddpo_jax.presets import choose_members, on_miniature, split
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     with_choices(config, model)
     on_miniature(config, images=16, update=16)
-    with_choices(config, members)
+    choose_members(config, members)
     if config.algorithm.name == "ddpo_sf":
         config.sample.batch_size = config.train.batch_size = 16
         config.train.num_inner_epochs = 1

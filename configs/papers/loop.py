@@ -12,7 +12,7 @@ Made for 8 GPUs as in the paper.
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.presets import on_miniature, split
+from ddpo_jax.presets import choose_members, on_miniature, split
 
 GROUPED = ("loop", "rloo", "grpo")
 ONE_UPDATE = ("reinforce", "reinforce_bc", "rloo", "ddpo_sf")  # the paper: samples "can only be used once"
@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     mini = on_miniature(config, images=48, update=24)
     if mini:
         choose(config, "reward", "mini_verifier")  # Tables 1 and 2
-    with_choices(config, members)
+    choose_members(config, members)
     if config.algorithm.name not in GROUPED:
         config.prompts.samples_per_prompt = 1
     with_choices(config, options)

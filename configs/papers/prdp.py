@@ -13,7 +13,7 @@ the paper's text: those of 001, updates on all images, 4 times.
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.presets import learning_rate, on_miniature, split
+from ddpo_jax.presets import choose_members, learning_rate, on_miniature, split
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -42,7 +42,7 @@ def get_config(arg: str = "") -> ConfigDict:
     mini = on_miniature(config, images=64, update=64)
     if mini:
         config.train.learning_rate = learning_rate(16)  # that of DDPO with 4 updates: both train at one rate
-    with_choices(config, members)
+    choose_members(config, members)
     if config.prompts.name == "animals":
         config.prompts.template = "{animal}" if config.reward.name == "aesthetic" else "A painting of a {animal}"
     if config.reward.name == "aesthetic" and not mini:

@@ -11,7 +11,7 @@ reward=weighted,reward.rewards='pickscore=10,hps=2,aesthetic=0.05'. For what the
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.presets import learning_rate, on_miniature, split
+from ddpo_jax.presets import choose_members, learning_rate, on_miniature, split
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -41,7 +41,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.train.learning_rate = learning_rate(16)  # one rate for both, see prdp.py
         choose(config, "reward", "mini_verifier")
         config.prompts.split = "large"
-    with_choices(config, members)
+    choose_members(config, members)
     if config.algorithm.name == "prdp":
         config.algorithm.kl_coef = 10.0
     else:

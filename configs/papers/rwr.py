@@ -12,7 +12,7 @@ the weights are a softmax within a prompt (001): ``algorithm.softmax_over=prompt
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.presets import on_miniature, split
+from ddpo_jax.presets import choose_members, on_miniature, split
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -38,7 +38,7 @@ def get_config(arg: str = "") -> ConfigDict:
 
     with_choices(config, model)
     on_miniature(config, images=64, update=16)
-    with_choices(config, members)
+    choose_members(config, members)
     if config.algorithm.name == "rwr":
         config.algorithm.temperature = 0.2  # the public code's; the papers do not say
         config.algorithm.softmax_over = "batch"  # of the JPEG rewards

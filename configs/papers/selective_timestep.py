@@ -12,7 +12,7 @@ Made for 4 GPUs as in the paper; on one, ``replay.k=16`` replays as many images 
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.presets import on_miniature, split
+from ddpo_jax.presets import choose_members, on_miniature, split
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -43,7 +43,7 @@ def get_config(arg: str = "") -> ConfigDict:
     with_choices(config, model)
     if on_miniature(config, images=20, update=4):
         config.replay.k = 16  # 4 x 4 of 20 images, on one device
-    with_choices(config, members)
+    choose_members(config, members)
     if config.algorithm.name == "dpok":
         config.algorithm.reward_weight = 1000.0  # the public code's, for many prompts
         config.algorithm.kl_coef = 0.01
