@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import pathlib
+from types import TracebackType
 from typing import Any
 
 import jax
@@ -21,6 +22,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 class Checkpointer:
     """Saves and restores the state of a run.
+
+    As a context manager it writes, when an exception ends the run, the epochs whose turn to be saved had not come.
 
     Args:
       workdir: folder of the run; checkpoints go to ``workdir/checkpoints``.
@@ -38,6 +41,7 @@ class Checkpointer:
                 raise ValueError(f"{key}: received {value}; expected an integer of at least 1")
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self._every = every
+        self._held: tuple[Any, ...] | None = None  # arguments of ``_write``: an epoch that is not on disk
         if read_only and not self.folder.is_dir():
             raise ValueError(f"checkpoints: no folder {self.folder}; give the --workdir of a run that has saved")
         try:
@@ -64,7 +68,8 @@ class Checkpointer:
         """Starts writing a checkpoint and returns when the arrays may be changed or donated.
 
         Args:
-          epoch: number of finished epochs; saved if it is a multiple of ``every``.
+          epoch: number of finished epochs; saved if it is a multiple of ``every``, else copied to the host: the updates
+            that follow donate the arrays, and a failure in them would lose every epoch since the last checkpoint.
           arrays: any pytree of jax arrays, typed PRNG keys and numpy arrays. Where several processes run, numpy arrays
             are process 0's.
           meta: what JSON can hold.
@@ -74,11 +79,19 @@ class Checkpointer:
         Returns:
           Whether a save was started; False if it is not its turn or this epoch is already there.
         """
-        if not force and epoch % self._every:
-            return False
         if epoch in self._manager.all_steps():
             return False
         stored, empty = _to_stored(arrays)
+        if not force and epoch % self._every:
+            copies = {name: np.array(leaf) if isinstance(leaf, jax.Array) else leaf for name, leaf in stored.items()}
+            self._held = (epoch, copies, empty, meta, reward_mean)
+            return False
+        self._held = None
+        return self._write(epoch, stored, empty, meta, reward_mean)
+
+    def _write(
+        self, epoch: int, stored: dict[str, Any], empty: dict[str, Any], meta: dict[str, Any], reward_mean: float
+    ) -> bool:
         return self._manager.save(
             epoch,
             args=ocp.args.Composite(
@@ -186,8 +199,12 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if error is not None and self._held is not None:
+                self._write(*self._held)
+        finally:
+            self.close()
 
 
 def _reward(metrics: dict[str, float]) -> float:

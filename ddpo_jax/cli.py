@@ -42,18 +42,24 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def set_up_jax() -> None:
-    """Before JAX starts: compiled programs are kept between processes, and every CPU core is a device of its own.
+def use_all_cores() -> None:
+    """Makes every CPU core a device of its own; call it before JAX starts.
 
-    Compiled programs go to ``~/.cache/ddpo_jax`` unless JAX was told another place. XLA:CPU runs a network of the
-    miniature's size on one core, whatever it has; as devices of a mesh the cores work side by side. Their number is a
-    power of two, so that it divides usual batch sizes; ``JAX_NUM_CPU_DEVICES`` or ``XLA_FLAGS`` have the last word.
+    XLA:CPU runs a network of the miniature's size on one core, whatever it has; as devices of a mesh the cores work
+    side by side. Their number is a power of two, so that it divides usual batch sizes; ``JAX_NUM_CPU_DEVICES`` and
+    ``XLA_FLAGS`` have the last word.
     """
     import jax  # not at the top: --help and wrong flags answer at once
 
     if "JAX_NUM_CPU_DEVICES" not in os.environ and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         jax.config.update("jax_num_cpu_devices", min(1 << (cores.bit_length() - 1), MAX_CPU_DEVICES))
+
+
+def cache_compilations() -> None:
+    """Keeps compiled programs between processes, in ``~/.cache/ddpo_jax`` unless JAX was told another place."""
+    import jax
+
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # attributes are made at run time
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "ddpo_jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

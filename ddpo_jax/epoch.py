@@ -85,7 +85,10 @@ def update(
     parts.replay.add(samples, epoch)
     values = jax.device_get(log)
     if not all(np.isfinite(list(out.values())).all() for out in values):
-        raise RunFailure(f"epoch {epoch}: the loss or its gradient is not finite; lower train.learning_rate")
+        raise RunFailure(
+            f"epoch {epoch}: the loss or its gradient is not finite; the epochs before it are saved. "
+            "The same command would get here again: lower train.learning_rate and use another --workdir"
+        )
     first = values[0] if values else {}  # nothing where the algorithm kept no sample
     row = {f"train/{key}": float(np.mean([out[key] for out in values])) for key in first}
     if "ratio_deviation" in first:

@@ -290,6 +290,8 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all noise; 0")
     parser.add_argument("--out", default="", help="folder to write; WORKDIR/evaluation")
     args = parser.parse_args(argv)
+    cli.use_all_cores()
+    cli.cache_compilations()
     if not 0 <= args.seed < 2**31:
         raise ValueError(f"--seed: received {args.seed}; it must be a whole number from 0 to 2147483647; use 0")
     print(evaluate(args))

@@ -57,6 +57,17 @@ def captioned(images: UInt8[np.ndarray, "N H W 3"], captions: Sequence[str], tit
     return picture
 
 
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """The pictures in a row, ``GAP`` apart, their upper edges in line."""
+    width = sum(picture.width + GAP for picture in pictures) - GAP
+    joined = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    x = 0
+    for picture in pictures:
+        joined.paste(picture, (x, 0))
+        x += picture.width + GAP
+    return joined
+
+
 def _columns(count: int) -> int:
     """At most 8, a little wider than high, and without a ragged last row where that is possible."""
     ideal = math.sqrt(1.5 * count)

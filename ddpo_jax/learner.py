@@ -165,26 +165,7 @@ class Learner:
 
     def _sharded(self, function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
         """``function(params, reference, frozen, uncond, batch)`` on every device's own samples and whole parameters."""
-
-        def call(params: Params, reference: Params, frozen: Params, uncond: Array, batch: Minibatch) -> Any:
-            specs = [sharding.param_specs(tree, self._mesh) for tree in (params, reference, frozen)]
-
-            def local(params: Params, reference: Params, frozen: Params, uncond: Array, batch: Minibatch) -> Any:
-                whole = [
-                    sharding.gather_params(tree, spec)
-                    for tree, spec in zip((params, reference, frozen), specs, strict=True)
-                ]
-                return function(*whole, uncond, batch)
-
-            return jax.shard_map(
-                local,
-                mesh=self._mesh,
-                in_specs=(*specs, P(), sharding.BATCH),
-                out_specs=out_specs,
-                check_vma=False,  # gradients stay per device until scatter_grads sums them, once per update
-            )(params, reference, frozen, uncond, batch)
-
-        return call
+        return sharding.per_device(function, self._mesh, 3, (P(), sharding.BATCH), out_specs)
 
     def _gradient(
         self, params: Params, reference: Params, frozen: Params, uncond: Array, batch: Minibatch

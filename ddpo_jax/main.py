@@ -197,7 +197,8 @@ def prepare(config: ConfigDict) -> ConfigDict:
 
     from ddpo_jax.validate import validate
 
-    cli.set_up_jax()
+    cli.use_all_cores()
+    cli.cache_compilations()
     try:
         backend, devices = jax.default_backend(), jax.device_count()
     except (RuntimeError, AssertionError) as error:  # jax asserts that a platform it knows but lacks is there

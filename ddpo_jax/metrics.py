@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
+from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ FILE = "metrics.jsonl"
 
 
 class Writer:
-    """Writes ``metrics.jsonl``, TensorBoard events and ``samples/epoch_NNNN.png`` into the folder of a run.
+    """Writes ``metrics.jsonl``, TensorBoard events and the pictures in ``samples/`` into the folder of a run.
 
     Args:
       workdir: the folder; made if it does not exist.
@@ -79,12 +80,37 @@ class Writer:
         title = f"epoch {epoch}   mean reward of these {len(images)}: {np.mean(rewards):.4g}"
         captions = [f"{prompt}\nreward {reward:.4g}" for prompt, reward in zip(prompts, rewards, strict=True)]
         picture = grid.captioned(images, captions, title)
-        path = self._workdir / "samples" / f"epoch_{epoch:04d}.png"
+        self._show("samples", picture, epoch)
+        return self._save(f"epoch_{epoch:04d}", picture)
+
+    def fixed(self, epochs: int, images: np.ndarray, prompts: Sequence[str]) -> None:
+        """Writes what the policy after ``epochs`` epochs makes of prompts and noise that stay the same.
+
+        ``samples/before.png`` if that is none, else ``samples/after.png`` and, next to each other,
+        ``samples/before_after.png``.
+
+        Args:
+          epochs: finished ones.
+          images: u8[N,H,W,3].
+          prompts: N captions.
+        """
+        title = f"after {epochs} epoch{'s' * (epochs > 1)}" if epochs else "before training"
+        picture = grid.captioned(images, prompts, title)
+        self._show("fixed_prompts", picture, epochs)
+        path, before = self._save("after" if epochs else "before", picture), self._workdir / "samples" / "before.png"
+        if path != before and before.exists():
+            with Image.open(before) as earlier:
+                self._save("before_after", grid.side_by_side([earlier, picture]))
+
+    def _show(self, tag: str, picture: Image.Image, step: int) -> None:
+        self._events.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+        self._events.flush()
+
+    def _save(self, name: str, picture: Image.Image) -> pathlib.Path:
+        path = self._workdir / "samples" / f"{name}.png"
         temporary = path.with_suffix(".tmp")
         picture.save(temporary, format="PNG")
         os.replace(temporary, path)
-        self._events.add_image("samples", np.asarray(picture), epoch, dataformats="HWC")
-        self._events.flush()
         return path
 
     def close(self) -> None:

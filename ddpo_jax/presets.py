@@ -14,6 +14,7 @@ size) runs the same experiment on the miniature, where whatever depends on the s
   the papers' 16 before its own statistics count;
 - ``timestep_fraction``: the miniature's own 3 of 10 steps, drawn in proportion to the weighting, so the gradient stays
   unbiased at a third of its cost; all steps where the loss couples them;
+- one device, so that a result does not depend on the machine's cores; a sweep runs several at once (--parallel);
 - ``replay.k``: per device, so that the replayed share of an epoch on one device is the paper's on its devices;
 - prompts: 48 of the miniature's world in place of the 45 animals, its over 100 000 in place of as many of HPDv2;
 - about 20 checkpoints and image grids in a run.
@@ -78,6 +79,7 @@ def on_miniature(config: ConfigDict, images: int, update: int) -> bool:
     config.sample.batch_size, config.sample.num_batches_per_epoch = images, 1
     config.train.batch_size, config.train.microbatch_size = update, None
     config.train.learning_rate = learning_rate(update)
+    config.mesh.data = 1
     config.checkpoint.every = config.log.images_every = max(1, config.num_epochs // SAVES)
     configs.choose(config, "prompts", "mini")
     return True

@@ -23,7 +23,8 @@ from ddpo_jax.types import Params, Samples, Trajectory
 
 Weighting = Callable[[Array, Any], Array]  # (latents [N,T+1,h,w,c], schedule) -> [N,T]
 PromptFn = Callable[[np.random.Generator, int], tuple[list[str], list[dict[str, Any]]]]
-_PROMPTS = 0  # stream of the host generator, see ``generator``
+_PROMPTS, _FIXED_PROMPTS = 0, 2  # streams of the host generator, see ``generator``
+_FIXED_EPOCH = np.int32(2**31 - 1)  # whose noise no epoch of training takes
 
 
 def generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
@@ -104,23 +105,9 @@ class Collector:
             trajectory = sampler.sample(bound, params, keys, context, uncond, latent_shape, root_keys, branch)
             return trajectory, weighting(trajectory.latents, policy.schedule)
 
-        def program(params: Params, frozen: Params, uncond: Array, *data: Array) -> tuple[Trajectory, Array]:
-            specs = [sharding.param_specs(tree, mesh) for tree in (params, frozen)]
-
-            def gathered(params: Params, frozen: Params, *rest: Array) -> tuple[Trajectory, Array]:
-                whole = [sharding.gather_params(tree, spec) for tree, spec in zip((params, frozen), specs, strict=True)]
-                return local(*whole, *rest)
-
-            batch, whole = sharding.BATCH, P()
-            return jax.shard_map(
-                gathered,
-                mesh=mesh,
-                in_specs=(*specs, whole, batch, whole, batch, batch, whole),
-                out_specs=batch,
-                check_vma=False,  # the scan's carry starts replicated and becomes per-device
-            )(params, frozen, uncond, *data)
-
-        self.sample = jax.jit(program)
+        batch, whole = sharding.BATCH, P()
+        data = (whole, batch, whole, batch, batch, whole)
+        self.sample = jax.jit(sharding.per_device(local, mesh, 2, data, batch))
 
     def collect(
         self, epoch: int, params: Params, frozen: Params, uncond: Float[Array, "L D"], branch_step: int = 0
@@ -174,3 +161,22 @@ class Collector:
         nothing = np.full(self._batch_size, np.nan, np.float32)
         parts = {name: np.concatenate([p.get(name, nothing) for _, p in scores]) for name in part_names}
         return Rollout(samples, prompts, shown, parts, sampled - start, scored - sampled)
+
+    def fixed(
+        self, params: Params, frozen: Params, uncond: Float[Array, "L D"], count: int
+    ) -> tuple[UInt8[np.ndarray, "N H W 3"], list[str]]:
+        """Images of the same prompts from the same noise whenever it is called, and the prompts. No reward is asked.
+
+        Costs one batch, by the program that ``collect`` has compiled or will need.
+
+        Args:
+          params, frozen, uncond: of the policy that samples.
+          count: of images, each of its own prompt; at most those of one batch.
+        """
+        count, size = min(count, self._batch_size), self._batch_size
+        prompts, _ = self._prompt_fn(generator(self._seed, 0, _FIXED_PROMPTS), count)
+        names = [prompts[row % count] for row in range(size)]  # the batch is filled up
+        ids = np.arange(size, dtype=np.int32)
+        context, on_device = sharding.put_batch((self._embed(names), ids), self._mesh)
+        trajectory, _ = self.sample(params, frozen, uncond, context, _FIXED_EPOCH, on_device, on_device, np.int32(0))
+        return np.asarray(self._decode(trajectory.latents[:, -1]))[:count], prompts

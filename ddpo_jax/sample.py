@@ -113,6 +113,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--eta", type=float, default=None, help="noise of the steps, 0 to 1; the run's")
     parser.add_argument("--out", required=True, help="picture to write, such as grid.png")
     args = parser.parse_args(argv)
+    cli.cache_compilations()
     check(args)
     config, model, name = load(args)
     config = config.copy_and_resolve_references()

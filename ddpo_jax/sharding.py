@@ -6,6 +6,7 @@ keeps a slice and gathers the whole for the time of a computation).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -100,3 +101,31 @@ def scatter_grads(grads: Any, specs: Any) -> Any:
         return jax.lax.psum(x, "data")
 
     return jax.tree.map(scatter, grads, specs)
+
+
+def per_device(
+    function: Callable[..., Any], mesh: Mesh, num_params: int, in_specs: Sequence[P], out_specs: Any
+) -> Callable[..., Any]:
+    """``function`` run by every device on its own samples and on whole parameters.
+
+    Args:
+      function: its first ``num_params`` arguments are trees of parameters, which arrive split at rest.
+      mesh: of the devices.
+      num_params: see above.
+      in_specs: of the remaining arguments.
+      out_specs: of the result.
+    """
+
+    def call(*args: Any) -> Any:
+        specs = tuple(param_specs(tree, mesh) for tree in args[:num_params])
+
+        def local(*args: Any) -> Any:
+            whole = map(gather_params, args[:num_params], specs)
+            return function(*whole, *args[num_params:])
+
+        # check_vma: a scan's carry starts replicated and becomes per-device, and gradients stay per device until
+        # ``scatter_grads`` sums them, once per update.
+        sharded = jax.shard_map(local, mesh=mesh, in_specs=(*specs, *in_specs), out_specs=out_specs, check_vma=False)
+        return sharded(*args)
+
+    return call

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pathlib
 
 import jax
@@ -17,7 +16,7 @@ from ddpo_jax.errors import Interrupted, RunFailure
 from ddpo_jax.ops.advantages import PromptStats
 from ddpo_jax.reward_runner import RewardError
 from ddpo_jax.validate import validate
-from ddpo_jax.workdir import Signals, finish, refuse_other_run, restore, save
+from ddpo_jax.workdir import Signals, finish, refuse_other_run, restore, save, show_fixed
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -45,6 +44,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     logging.info("%s", describe(parts, config))
     with saver, parts.reward, metrics.Writer(workdir, start) as writer, Signals() as signals:
         progress = metrics.Progress(config.num_epochs, start)
+        if start == 0:
+            show_fixed(writer, parts, config, state, 0)
         for epoch in range(start, config.num_epochs):
             try:
                 progress.phase("sampling")
@@ -54,7 +55,6 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
             except (RewardError, ValueError) as error:  # the reward, or the user's prompt function
                 if epoch == start and isinstance(error, ValueError):
                     raise
-                save(saver, parts, state, stats, epoch, -math.inf)
                 raise RunFailure(f"epoch {epoch}: {error}; saved, the same command goes on from here") from error
             progress.phase("updating")
             state, row = update(parts, config, state, stats, rollout, epoch)
@@ -63,8 +63,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
             if config.log.images_every and epoch % config.log.images_every == 0:
                 shown = slice(config.log.num_images)
                 writer.images(epoch, rollout.images[shown], rollout.prompts[shown], rollout.samples.rewards[shown])
-            stopping = signals.received or epoch + 1 == config.num_epochs
-            save(saver, parts, state, stats, epoch + 1, row["reward/mean"], force=bool(stopping))
+            last = epoch + 1 == config.num_epochs
+            if last:  # before the save: a process that is killed here draws them when it resumes
+                show_fixed(writer, parts, config, state, epoch + 1)
+            save(saver, parts, state, stats, epoch + 1, row["reward/mean"], force=last or signals.received > 0)
             progress.update(row)
             if signals.received:
                 raise Interrupted(signals.received, f"stopped after epoch {epoch}; the same command goes on from there")

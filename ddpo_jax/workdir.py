@@ -15,14 +15,41 @@ from ddpo_jax import checkpoint, metrics
 from ddpo_jax import config as configs
 from ddpo_jax.build import Parts
 from ddpo_jax.errors import Interrupted
+from ddpo_jax.keys import flatten
 from ddpo_jax.learner import TrainState
 from ddpo_jax.ops.advantages import PromptStats
+
+# What a resumed run may change, besides log.* and mesh.*.
+FREE = ("checkpoint.every", "checkpoint.keep", "train.microbatch_size")
+
+
+def diff_that_matters(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """What forbids to go on with a run: one line for each key whose change would make another run of it.
+
+    ``num_epochs`` may grow; ``log.*``, ``mesh.*`` and ``FREE`` may change: on other devices a run goes on with the same
+    numbers up to rounding.
+
+    Args:
+      old: the config the run was started with.
+      new: the config of this command, resolved in the same way.
+    """
+    before, after = (flatten(configs.from_json(configs.to_json(config))) for config in (old, new))  # tuples in both
+    lines = []
+    for key in before | after:
+        if key.startswith(("log.", "mesh.")) or key in FREE:
+            continue
+        was, now = before.get(key, "absent"), after.get(key, "absent")
+        if was == now or (key == "num_epochs" and now > was):
+            continue
+        rule = "it may only grow" if key == "num_epochs" else "a run keeps it"
+        lines.append(f"{key}: received {now!r}, but the run in this folder has {was!r}; {rule}; use another --workdir")
+    return lines
 
 
 def refuse_other_run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes ``config.json``; a folder that holds another run is refused, naming what differs."""
     path = workdir / "config.json"
-    if path.exists() and (faults := configs.diff_that_matters(configs.from_json(path.read_text()), config)):
+    if path.exists() and (faults := diff_that_matters(configs.from_json(path.read_text()), config)):
         raise ValueError("\n".join(faults))
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
@@ -42,9 +69,9 @@ def save(
     stats: PromptStats,
     epochs: int,
     reward: float,
-    force: bool = True,
+    force: bool,
 ) -> None:
-    """Starts saving the state after ``epochs`` finished epochs."""
+    """Starts saving the state after ``epochs`` finished epochs, if it is their turn or ``force`` is set."""
     saver.save(epochs, saved_arrays(parts, state, stats), {}, reward, force)
 
 
@@ -58,6 +85,13 @@ def restore(saver: checkpoint.Checkpointer, parts: Parts, stats: PromptStats) ->
     stats.load_state_dict(arrays["prompt_stats"])
     parts.replay.load_state_dict(arrays["replay"])
     return arrays["state"], epochs
+
+
+def show_fixed(writer: metrics.Writer, parts: Parts, config: ConfigDict, state: TrainState, epochs: int) -> None:
+    """Shows what the policy after ``epochs`` epochs makes of the run's fixed prompts, unless no images are wanted."""
+    if config.log.images_every:
+        images, prompts = parts.collector.fixed(state.params, parts.model.frozen, parts.uncond, config.log.num_images)
+        writer.fixed(epochs, images, prompts)
 
 
 def finish(workdir: pathlib.Path) -> None:

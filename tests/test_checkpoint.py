@@ -110,6 +110,36 @@ def test_every(tmp_path):
         assert saved == checkpointer.epochs() == [3, 6, 7]
 
 
+def test_an_exception_writes_the_epoch_whose_turn_had_not_come(tmp_path):
+    """As it was at ``save``, though its buffers were donated and its host arrays changed since."""
+    failure = RuntimeError("the loss is not finite")
+    with pytest.raises(RuntimeError) as raised, Checkpointer(tmp_path, every=5) as checkpointer:
+        for epoch in (1, 2):
+            state = arrays(epoch) | {"donated": jnp.full(100_000, epoch), "table": np.full(1000, epoch)}
+            assert not checkpointer.save(epoch, state, {"n": epoch}, 0.5)
+        jax.jit(lambda x: x * 0 - 1, donate_argnums=0)(state["donated"])
+        state["table"][:] = -1
+        raise failure
+    assert raised.value is failure
+    like = arrays(9) | {"donated": jnp.zeros(100_000, int), "table": np.zeros(0, int)}
+    with Checkpointer(tmp_path, every=5) as checkpointer:
+        assert checkpointer.epochs() == [2]
+        epoch, got, meta = checkpointer.restore(like)
+    assert (epoch, meta) == (2, {"n": 2})
+    assert_same(got, arrays(2) | {"donated": jnp.full(100_000, 2), "table": np.full(1000, 2)})
+
+
+def test_nothing_is_written_twice_or_without_an_exception(tmp_path):
+    with Checkpointer(tmp_path, every=5) as checkpointer:
+        checkpointer.save(1, {"x": jnp.zeros(2)}, {}, 0.0)
+    with pytest.raises(KeyError), Checkpointer(tmp_path, every=5) as checkpointer:
+        assert checkpointer.epochs() == []
+        checkpointer.save(1, {"x": jnp.zeros(2)}, {}, 0.0)
+        checkpointer.save(2, {"x": jnp.zeros(2)}, {}, 0.0, force=True)
+        raise KeyError
+    assert Checkpointer(tmp_path, read_only=True).epochs() == [2]
+
+
 KILLED = """
 import os, pathlib, signal, sys, threading
 import jax.numpy as jnp

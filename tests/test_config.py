@@ -9,6 +9,7 @@ from ddpo_jax import config as configs
 from ddpo_jax import find, keys
 from ddpo_jax.main import documented_keys
 from ddpo_jax.validate import RULES, validate
+from ddpo_jax.workdir import diff_that_matters
 
 FAMILY_KEYS = re.compile(rf"({'|'.join(configs.FAMILIES)})\.")
 
@@ -141,7 +142,7 @@ def test_on_a_cpu_as_many_cores_work_as_split_the_batches():
     assert made("mesh.data=2", devices=8).train.microbatch_size == 32  # of 64 images
     assert made(devices=8, backend="gpu").mesh.data == -1
     old, new = made(devices=2), made(devices=8)
-    assert old != new and configs.diff_that_matters(old, new) == []
+    assert old != new and diff_that_matters(old, new) == []
 
 
 def test_auto_options_of_a_member_follow_the_model(own):
@@ -383,11 +384,11 @@ def test_json_round_trip(own):
 def test_what_a_resumed_run_may_change():
     old = made("num_epochs=10")
     free = ["num_epochs=20", "log.num_images=4", "log.images_every=0", "checkpoint.every=5", "checkpoint.keep=9"]
-    assert configs.diff_that_matters(old, made(*free)) == []
-    assert configs.diff_that_matters(old, old) == []
-    (shorter,) = configs.diff_that_matters(old, made("num_epochs=5"))
+    assert diff_that_matters(old, made(*free)) == []
+    assert diff_that_matters(old, old) == []
+    (shorter,) = diff_that_matters(old, made("num_epochs=5"))
     assert shorter.startswith("num_epochs: received 5, but the run in this folder has 10; it may only grow")
-    changed = configs.diff_that_matters(old, made("num_epochs=10", "seed=1", "algorithm.name=prdp"))
+    changed = diff_that_matters(old, made("num_epochs=10", "seed=1", "algorithm.name=prdp"))
     named = {line.split(":")[0] for line in changed}
     assert {"seed", "algorithm.name", "algorithm.ratio_level", "train.timestep_fraction"} <= named
     assert "algorithm.ratio_level: received 'absent', but the run in this folder has 'step'" in "\n".join(changed)

@@ -117,7 +117,13 @@ def test_help_names_every_key_and_member(capsys):
         ([*SMALL, "--config.algorithm.name=none.such"], ["algorithm.name: received 'none.such'; "]),
         (["--config=configs/compressibility.py:algorithm"], ["config argument: received 'algorithm'"]),
         (
-            [*SMALL, "--config.seed=-1", "--config.sample.eta=0", "--config.sample.batch_size=12", "--config.mesh.data=8"],
+            [
+                *SMALL,
+                "--config.seed=-1",
+                "--config.sample.eta=0",
+                "--config.sample.batch_size=12",
+                "--config.mesh.data=8",
+            ],
             ["seed: received -1", "sample.eta: received 0.0", "sample.batch_size: received 12"],
         ),
     ],

@@ -121,6 +121,31 @@ def test_tensorboard_and_samples(tmp_path):
     assert "epoch" not in values
 
 
+def test_before_and_after_stand_side_by_side(tmp_path):
+    """The later process finds what the earlier one drew; without a picture from before there is no comparison."""
+    dark, light = np.zeros((4, 32, 32, 3), np.uint8), np.full((4, 32, 32, 3), 200, np.uint8)
+    names = ["a red circle", "a cat", "two striped squares", "a dot"]
+    folder = tmp_path / "samples"
+    with Writer(tmp_path) as writer:
+        writer.fixed(0, dark, names)
+    assert [path.name for path in folder.iterdir()] == ["before.png"]
+    with Writer(tmp_path, 1) as writer:
+        writer.fixed(7, light, names)
+    before, after, both = (
+        np.asarray(Image.open(folder / f"{name}.png")) for name in ("before", "after", "before_after")
+    )
+    width = before.shape[1]
+    assert both.shape[1] == 2 * width + grid.GAP
+    np.testing.assert_array_equal(both[:, :width], before)
+    np.testing.assert_array_equal(both[:, -width:], after)
+    y, x = grid.GAP + grid.LINE + grid.GAP + 5, grid.GAP + 5  # inside the first tile, below the title
+    assert before[y, x].tolist() == [0] * 3 and after[y, x].tolist() == [200] * 3
+    assert not list(tmp_path.rglob("*.tmp"))
+    with Writer(tmp_path / "other") as writer:
+        writer.fixed(7, light, names)
+    assert [path.name for path in (tmp_path / "other" / "samples").iterdir()] == ["after.png"]
+
+
 def test_grid_shows_the_pixels_enlarged_and_the_captions(tmp_path):
     images = np.zeros((2, 32, 32, 3), np.uint8)
     images[0, :16] = [255, 0, 0]

@@ -75,12 +75,15 @@ def collector(mesh=(1, 1), reward=None, *, batch_size=8, num_batches=2, policy=N
     )
 
 
-def collect(made, epoch=0, branch_step=0):
-    def place(tree):
-        return sharding.put_params(jax.tree.map(jnp.asarray, tree), made._mesh)
-
+def placed(made, params=None):
+    """Trained and frozen parameters and the empty prompt, on the mesh of ``made``."""
+    trees = [jax.tree.map(jnp.asarray, tree) for tree in (params or toy.parameters(), toy.FROZEN)]
     uncond = sharding.replicate(jnp.asarray(toy.contexts(1)[1]), made._mesh)
-    return made.collect(epoch, place(toy.parameters()), place(toy.FROZEN), uncond, branch_step)
+    return *(sharding.put_params(tree, made._mesh) for tree in trees), uncond
+
+
+def collect(made, epoch=0, branch_step=0):
+    return made.collect(epoch, *placed(made), branch_step)
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +200,25 @@ def test_a_failed_reward_leaves_nothing_behind(drawn):
 def test_one_program_for_all_epochs_and_branch_steps(made, drawn):
     collect(made, epoch=5, branch_step=1)
     assert made.sample._cache_size() == 1
+
+
+def test_fixed_images_change_with_the_policy_alone():
+    """The same prompts and noise whatever was collected, no reward, no other program, one image a prompt."""
+    reward = Reward()
+    made = collector(reward=reward, shared_noise=True)
+    images, names = made.fixed(*placed(made), 6)
+    before = collect(made, epoch=1)
+    again, same_names = made.fixed(*placed(made), 6)
+    np.testing.assert_array_equal(images, again)
+    assert names == same_names and len(set(names)) == len(images) == 6
+    assert names != before.prompts[:12:2] and not (images[:, None] == before.images).all((2, 3, 4)).any()
+    other, _ = made.fixed(*placed(made, jax.tree.map(lambda x: 2 * x, toy.parameters())), 6)
+    assert np.abs(other.astype(int) - images).mean() > 0.1
+    assert len(made.fixed(*placed(made), 99)[0]) == 8  # at most a batch
+    assert len(reward.calls) == 2 and made.sample._cache_size() == 1
+    np.testing.assert_array_equal(
+        before.samples.latents, collect(collector(shared_noise=True), epoch=1).samples.latents
+    )
 
 
 def test_prompt_ids_are_63_bit_names():

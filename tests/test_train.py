@@ -1,5 +1,6 @@
 """Whole runs on the smallest model: what they leave behind, how they fail, stop and go on; resuming is exact."""
 
+import itertools
 import json
 import math
 import os
@@ -20,10 +21,12 @@ from PIL import Image
 from ddpo_jax import config as configs
 from ddpo_jax import epoch as epochs
 from ddpo_jax import main, metrics
+from ddpo_jax.algorithms import ddpo
 from ddpo_jax.build import build
 from ddpo_jax.errors import Interrupted, RunFailure
 from ddpo_jax.ops.advantages import PromptStats
 from ddpo_jax.train import train
+from ddpo_jax.workdir import diff_that_matters
 
 TESTS = pathlib.Path(__file__).resolve().parent
 KEYS = [
@@ -53,6 +56,11 @@ def values(workdir):
 
 def rows(workdir):
     return metrics.read_metrics(workdir)
+
+
+def pixels(workdir, name):
+    with Image.open(workdir / "samples" / f"{name}.png") as picture:
+        return np.asarray(picture)
 
 
 @pytest.fixture(scope="module")
@@ -87,10 +95,17 @@ def test_files_of_a_run(folder, finished):
     config = configs.from_json((finished / "config.json").read_text())
     expected = tiny.tiny_config(folder, num_epochs=3, **REWARD)
     expected.train.clip_range = 1e-4 * math.sqrt(16384 / 256)  # 8 x 8 x 4 latents
-    assert configs.diff_that_matters(config, expected) == []
+    assert diff_that_matters(config, expected) == []
     for number in range(3):
         with Image.open(finished / "samples" / f"epoch_{number:04d}.png") as picture:
             picture.verify()
+    shown = {name: pixels(finished, name) for name in ("before", "after", "before_after")}
+    assert shown["before"].shape == shown["after"].shape and (shown["before"] != shown["after"]).any()
+    for part, name in (
+        (np.s_[:, : shown["before"].shape[1]], "before"),
+        (np.s_[:, -shown["after"].shape[1] :], "after"),
+    ):
+        np.testing.assert_array_equal(shown["before_after"][part], shown[name])
     with Image.open(finished / "reward.png") as curve:
         assert curve.width > 300
     assert sorted(p.name for p in (finished / "checkpoints").iterdir() if p.name.isdigit())[-1] == "3"
@@ -121,6 +136,7 @@ def test_tensorboard_has_the_scalars_of_every_epoch(finished):
             [event.value for event in events.Scalars(key)], [row[key] for row in rows(finished)], rtol=1e-6
         )
     assert len(events.Images("samples")) == 3
+    assert [event.step for event in events.Images("fixed_prompts")] == [0, 3]
 
 
 def test_a_finished_run_says_so_and_leaves_its_files(folder, finished, log):
@@ -179,7 +195,7 @@ def test_a_reward_that_fails_in_mid_run_loses_no_epoch(folder, finished, tmp_pat
 
 
 def test_a_failure_is_exit_code_1_and_one_line(folder, tmp_path, capsys, monkeypatch):
-    """Through the command line; in the first epoch, so that the checkpoint of no epoch at all is saved and resumed."""
+    """Through the command line; in the first epoch, so that there is nothing to save and the run starts again."""
     file = tmp_path / "tiny_task.py"
     argv = arguments(folder, tmp_path / "run", file, num_epochs=1)
     tiny_reward.reset(at_0=failing("nan"))
@@ -191,8 +207,37 @@ def test_a_failure_is_exit_code_1_and_one_line(folder, tmp_path, capsys, monkeyp
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [0]
 
 
+@pytest.mark.parametrize("failure", ["loss", "reward"])
+def test_a_failure_between_two_checkpoints_loses_no_epoch(folder, finished, tmp_path, monkeypatch, capsys, failure):
+    """checkpoint.every is 5 and epoch 2 fails: its state was given away to the update, and yet it is what goes on."""
+
+    advantages, calls = ddpo.advantages, itertools.count()
+
+    def spoiled(*args):
+        return advantages(*args) * (np.nan if next(calls) == 2 else 1)
+
+    if failure == "loss":
+        monkeypatch.setattr(ddpo, "advantages", spoiled)
+    else:
+        tiny_reward.reset(at_2=failing("raises"))
+    argv = [*arguments(folder, tmp_path / "run", tmp_path / "task.py"), "--config.checkpoint.every=5"]
+    assert main.main(argv) == 1
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and errors[0].startswith("error: epoch 2: ")
+    assert values(tmp_path / "run") == values(finished)[:2]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    tiny_reward.reset()
+    monkeypatch.undo()
+    before = (tmp_path / "run" / "samples" / "before.png").stat().st_mtime_ns
+    assert main.main(argv) == 0
+    assert tiny_reward.calls == 1 and values(tmp_path / "run") == values(finished)
+    assert (tmp_path / "run" / "samples" / "before.png").stat().st_mtime_ns == before  # it was not drawn again
+    np.testing.assert_array_equal(pixels(tmp_path / "run", "before_after"), pixels(finished, "before_after"))
+
+
 def test_sigterm_saves_and_the_run_goes_on_exactly_and_further(folder, finished, tmp_path):
-    """The signal comes while the first epoch is scored; the second command also raises num_epochs, from 2 to 3."""
+    """The signal comes while the first epoch is scored; the second command also raises num_epochs, from 2 to 3. The
+    first draws no images to look at, which changes no number."""
 
     def act(images, prompts):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -201,12 +246,13 @@ def test_sigterm_saves_and_the_run_goes_on_exactly_and_further(folder, finished,
     tiny_reward.reset(at_0=act)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Interrupted) as raised:
-        train(tiny.tiny_config(folder, num_epochs=2, **REWARD), tmp_path)
+        train(tiny.tiny_config(folder, num_epochs=2, **{"log.images_every": 0}, **REWARD), tmp_path)
     assert raised.value.exit_code == 143 and "after epoch 0" in str(raised.value)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
-    assert values(tmp_path) == values(finished)[:1]
+    assert values(tmp_path) == values(finished)[:1] and not list((tmp_path / "samples").iterdir())
     train(tiny.tiny_config(folder, num_epochs=3, **REWARD), tmp_path)
     assert values(tmp_path) == values(finished)
+    np.testing.assert_array_equal(pixels(tmp_path, "after"), pixels(finished, "after"))
 
 
 def command(folder, workdir, task, **environment):

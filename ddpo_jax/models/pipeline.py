@@ -64,7 +64,7 @@ _SMALL_FILES = [
 ]
 _CACHE_SIZE = 2048  # distinct prompts; 236 kB each for Stable Diffusion 1.x
 _EMBED_BATCH = 32
-_DECODE_PIXELS = 4 * 512 * 512  # decoded at once on each device
+DECODE_PIXELS = 4 * 512 * 512  # decoded at once on each device
 
 
 class Pipeline:
@@ -161,7 +161,7 @@ class Pipeline:
             graphdef, state = nnx.split(self.text_encoder)
             compiled = jax.jit(lambda s, ids: nnx.merge(graphdef, s)(ids).last_hidden_state.astype(jnp.float32))
             self._encode = lambda ids: compiled(state, ids)
-        size = 1 << (len(prompts) - 1).bit_length()  # few distinct shapes, few compilations
+        size = _EMBED_BATCH  # one shape: one compilation, and the same bits whatever is encoded beside a prompt
         ids = self.tokenizer([*prompts, *[""] * (size - len(prompts))])
         # Copies: a view would keep its whole chunk alive for as long as one prompt is cached.
         return [row.copy() for row in np.asarray(self._encode(ids))[: len(prompts)]]
@@ -186,7 +186,7 @@ class Pipeline:
         factor, scaling = self.vae.config.factor, self.vae_scaling_factor
 
         def decode(state: Any, latents: Array) -> Array:
-            slice_size = max(1, _DECODE_PIXELS // (latents.shape[1] * latents.shape[2] * factor**2))
+            slice_size = max(1, DECODE_PIXELS // (latents.shape[1] * latents.shape[2] * factor**2))
             images = nnx.merge(graphdef, state).decode(latents.astype(jnp.float32) / scaling, slice_size=slice_size)
             return jnp.round(255 * jnp.clip(images / 2 + 0.5, 0, 1)).astype(jnp.uint8)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
 
 import ddpo_jax
 from ddpo_jax import weights
@@ -48,6 +49,21 @@ def embedded(name: str, key: str, value: str) -> Path:
             "make them with python -m ddpo_jax.mini.pretrain, or install a released version"
         )
     return folder
+
+
+def chosen_folder(config: ConfigDict, default: str) -> Path:
+    """The CLIP folder of a reward's options ``clip`` and ``weights``.
+
+    Args:
+      config: ``clip`` names a folder or hub id; empty, ``weights`` decides: "mini" is the miniature's.
+      default: hub id of all other ``weights``.
+
+    Raises:
+      ValueError: as ``embedded`` and ``clip_folder``.
+    """
+    if not config.clip and config.weights == "mini":
+        return embedded("clip", "reward.weights", "mini")
+    return clip_folder(config.clip or default, "reward.clip")
 
 
 def clip_folder(source: str, key: str) -> Path:

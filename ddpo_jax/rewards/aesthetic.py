@@ -52,13 +52,7 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
             f"reward.weights={config.weights!r}: must be {' or '.join(AUTO['weights'])}; auto follows the model"
         )
     head_file = _head_file(config)  # looked for first: the CLIP may have to be downloaded
-    if config.clip:
-        folder = _clip.clip_folder(config.clip, "reward.clip")
-    elif config.weights == "mini":
-        folder = _clip.embedded("clip", "reward.weights", "mini")
-    else:
-        folder = _clip.clip_folder(_clip.L14, "reward.clip")
-    vision, processor = _clip.load_vision(folder)
+    vision, processor = _clip.load_vision(_clip.chosen_folder(config, _clip.L14))
     head = _load_head(head_file, vision.config.projection_dim)
 
     def score(networks: _Networks, images: Array) -> Array:

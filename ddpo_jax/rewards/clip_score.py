@@ -47,12 +47,7 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
         )
     if config.scale not in SCALES:
         raise ValueError(f"reward.scale={config.scale!r}: must be one of {', '.join(SCALES)}")
-    if config.clip:
-        folder = _clip.clip_folder(config.clip, "reward.clip")
-    elif config.weights == "mini":
-        folder = _clip.embedded("clip", "reward.weights", "mini")
-    else:
-        folder = _clip.clip_folder(_clip.B32, "reward.clip")
+    folder = _clip.chosen_folder(config, _clip.B32)
     model, processor = _clip.load_clip(folder)
     tokenizer = Tokenizer.from_folder(folder)
     scale = SCALES[config.scale]
