@@ -51,6 +51,7 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            "tensorboard>=2.16",
             "torch",
             "transformers>=5",
         ],

@@ -8,18 +8,19 @@ examples:
   python -m ddpo_jax.benchmark                                  the miniature: rollout, update, rewards per second
   python -m ddpo_jax.benchmark --loop                           the convolution gradient inside a loop, by two rules
   python -m ddpo_jax.benchmark --model=sd15 --random-weights    Stable Diffusion 1.5 (sd21: 2.1) at 512 x 512, bfloat16
-  python -m ddpo_jax.benchmark --model=sd15 --memory-only       what fits where: compiles, runs and allocates nothing
+  python -m ddpo_jax.benchmark --model=sd15 --memory-only       what fits where: runs and allocates nothing
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -38,7 +39,7 @@ from ddpo_jax.learner import TrainState
 from ddpo_jax.models import layers
 from ddpo_jax.models.functional import functional
 from ddpo_jax.ops.advantages import PromptStats
-from ddpo_jax.random_model import SIZES, Size, random_model
+from ddpo_jax.random_model import SIZES, random_model
 from ddpo_jax.rollout import Rollout, generator
 from ddpo_jax.types import Samples
 from ddpo_jax.validate import validate
@@ -189,15 +190,46 @@ def loop_rows(repeats: int, channels: int = 64, size: int = 16, images: int = 16
     ]
 
 
-def memory_rows(config: ConfigDict, size: Size) -> list[Row]:
-    """The table of what fits where."""
+def memory_rows(entries: Iterable[capacity.Memory]) -> list[Row]:
+    """Every number of the table of what fits where."""
     rows: list[Row] = []
-    for entry in capacity.memory(config, size):
-        fits = ", ".join(entry.fits) or "none"
-        parts = (("resident", entry.resident), ("rollout", entry.rollout), ("update", entry.update))
-        rows += [(f"{entry.setting}: {name}", value / 2**30, "GiB") for name, value in parts]
-        rows[-1] = (f"{rows[-1][0]} (fits {fits})", *rows[-1][1:])
+    for entry in entries:
+        for name, value in dataclasses.asdict(entry).items():
+            if isinstance(value, int):
+                rows.append((f"{entry.setting}: {name.replace('_', ' ')}", value / 2**30, "GiB"))
+        rows[-1] = (f"{rows[-1][0]} (fits {', '.join(entry.fits) or 'none'})", *rows[-1][1:])
     return rows
+
+
+def memory_table(entries: Sequence[capacity.Memory], compile_for: str) -> str:
+    """What fits where, in Markdown; GiB on one device."""
+    columns = ["resident", "rollout", "decode", "update"]
+    columns += ["compiled_rollout", "compiled_update"] if compile_for != "none" else []
+    titles = [name.replace("_", " ") for name in columns] + [f"{chip} ({gib})" for chip, gib in capacity.CHIPS.items()]
+    lines = [
+        "| " + " | ".join(["GiB", *titles]) + " |",
+        "|---|" + "---:|" * len(columns) + "---|" * len(capacity.CHIPS),
+    ]
+    for entry in entries:
+        cells = [f"{getattr(entry, name) / 2**30:.1f}" for name in columns]
+        cells += ["yes" if chip in entry.fits else "no" for chip in capacity.CHIPS]
+        lines.append("| " + " | ".join([entry.setting, *cells]) + " |")
+    notes = [
+        "Each number but the first includes what is resident: parameters, AdamW's moments, VAE, text encoder.",
+        "Rollout, decode and update are on paper: the arrays of the program as written, in their own types, "
+        "elementwise work fused, attention in chunks. Not in them: padding, workspace and fragmentation, hence a chip "
+        f"counts for {capacity.USABLE:.0%}; the network of a reward; fsdp, which splits parameters over several chips.",
+    ]
+    if compile_for == "here":
+        notes.append(f"Compiled is what XLA reserves on this machine's {jax.devices()[0].device_kind}.")
+        if jax.default_backend() == "cpu":
+            notes[-1] += (
+                " It is not an accelerator's number: a CPU computes bfloat16 in float32, so it keeps such copies of "
+                "weights and activations, and has convolution gradients of its own."
+            )
+    elif compile_for != "none":
+        notes.append(f"Compiled is what the compiler of TPU {compile_for} reserves; in its column it decides.")
+    return "\n".join([*lines, "", *notes])
 
 
 def make_config(args: Namespace) -> ConfigDict:
@@ -244,7 +276,7 @@ def report(header: dict[str, Any], rows: list[Row], as_json: bool) -> str:
     if as_json:
         listed = [{"what": what, "value": value, "unit": unit} for what, value, unit in rows]
         return json.dumps(header | {"rows": listed}, indent=2)
-    width = max(len(what) for what, *_ in rows)
+    width = max((len(what) for what, *_ in rows), default=0)
     lines = [", ".join(f"{key} {value}" for key, value in header.items())]
     return "\n".join(lines + [f"{what:{width}}  {value:10.4g} {unit}" for what, value, unit in rows])
 
@@ -254,7 +286,13 @@ def main(argv: Sequence[str]) -> None:
     parser = cli.Parser("ddpo_jax.benchmark", __doc__)
     parser.add_argument("--model", default="mini", help=f"mini, a folder, a hub id, or {', '.join(SIZES)}; mini")
     parser.add_argument("--random-weights", action="store_true", help="for the models that have no weights here")
-    parser.add_argument("--memory-only", action="store_true", help="compile and print what memory it would take")
+    parser.add_argument("--memory-only", action="store_true", help="print what memory it would take; runs nothing")
+    parser.add_argument(
+        "--compile-for",
+        default="none",
+        choices=("none", "here", *capacity.TOPOLOGIES),
+        help="with --memory-only: ask a compiler too, of the device here, or of a TPU by libtpu; none",
+    )
     parser.add_argument("--loop", action="store_true", help="compare convolution gradients inside a loop")
     parser.add_argument("--repeats", type=cli.positive, default=5, help="timed runs, of which the median; 5")
     parser.add_argument("--steps", type=cli.positive, default=None, help="denoising steps; the model's default")
@@ -262,6 +300,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the config")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     args = parser.parse_args(argv)
+    cli.use_all_cores()  # as training does, but without its cache: compile times are those of a first start
     header: dict[str, Any] = {"devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}"}
     if args.loop:
         print(report(header, loop_rows(args.repeats), args.json))
@@ -272,7 +311,11 @@ def main(argv: Sequence[str]) -> None:
     header |= {"rollout batch": config.sample.batch_size, "update batch": train.batch_size}
     header |= {"microbatch": train.microbatch_size, "guidance": config.sample.guidance_scale}
     if size and args.memory_only:
-        print(report(header, memory_rows(config, size), args.json))
+        start = time.perf_counter()
+        entries = list(capacity.memory(config, size, args.compile_for, lambda line: print(line, file=sys.stderr)))
+        header |= {"seconds": round(time.perf_counter() - start)}
+        table = "" if args.json else f"\n\n{memory_table(entries, args.compile_for)}"
+        print(report(header, memory_rows(entries) if args.json else [], args.json) + table)
         return
     header |= {"adapter rank": train.lora_rank, "remat": train.remat, "repeats": args.repeats}
     parts = build(config, random_model(config, size) if size else None)

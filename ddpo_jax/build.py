@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from ddpo_jax import config as configs
@@ -57,8 +57,12 @@ class Parts:
     value: ValueLearner | None  # where the algorithm has a value network
 
     def init(self) -> TrainState:
-        """The state before the first update."""
+        """The state before the first update; call it once.
+
+        Leaves shapes in ``model.params``: the parameters would stay beside their copy in the state.
+        """
         state = self.learner.init(self.model.params)
+        self.model.params = jax.eval_shape(lambda params: params, self.model.params)
         return state if self.value is None else dataclasses.replace(state, value=self.value.init())
 
 
@@ -86,22 +90,27 @@ def split_model(config: ConfigDict, pipe: pipeline.Pipeline) -> Model:
         off = {name: jnp.zeros_like(x) if rank else x.astype(dtype) for name, x in params.items()}  # adapters off
         return {name: x.astype(dtype) for name, x in frozen.items()}, off
 
-    shapes_only = any(isinstance(x, jax.ShapeDtypeStruct) for x in {**params, **frozen}.values())
+    shapes_only = _is_shape(params, frozen)
     frozen, reference = jax.eval_shape(convert, params, frozen) if shapes_only else convert(params, frozen)
     return Model(pipe, network, params, frozen, reference)
 
 
-def build(config: ConfigDict, model: Model | None = None) -> Parts:
+def _is_shape(*trees: Params) -> bool:
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(trees))
+
+
+def build(config: ConfigDict, model: Model | None = None, mesh: Mesh | None = None) -> Parts:
     """Builds a run from a resolved, valid config.
 
     Args:
       config: ``train.clip_range`` is filled in if it is None.
-      model: what to train; None loads ``config.model``.
+      model: what to train; None loads ``config.model``. Of one that holds shapes the parts only compile.
+      mesh: None takes that of ``config.mesh``. With a model of shapes its devices need not be there.
 
     Raises:
       ValueError: a model, weight or option that cannot be had, in one line each.
     """
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp) if mesh is None else mesh
     reward = make_reward(config.reward)
     prompt_fn = make_prompts(config.prompts)
     algorithm = find.find("algorithms", config.algorithm.name)
@@ -163,7 +172,11 @@ def build(config: ConfigDict, model: Model | None = None) -> Parts:
     needs_reference = bool(traits.terms & {"ref_log_prob", "kl", "noise_mse"})
     model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh)
     model.frozen = sharding.put_params(model.frozen, mesh)
-    uncond = sharding.replicate(jnp.asarray(pipe.embed([""])[0]), mesh)
+    uncond: Any = jnp.asarray(pipe.embed([""])[0])
+    if _is_shape(model.params, model.frozen):
+        uncond = jax.ShapeDtypeStruct(uncond.shape, uncond.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+    else:
+        uncond = sharding.replicate(uncond, mesh)
     return Parts(algorithm, traits, model, learner, collector, replay, runner, mesh, uncond, value)
 
 

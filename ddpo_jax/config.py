@@ -37,7 +37,7 @@ BY_MODEL: dict[str, tuple[Any, Any]] = {
     "sample.num_steps": (10, 50),
     "sample.batch_size": (32, 8),
     "sample.num_batches_per_epoch": (4, 32),
-    "train.learning_rate": (2e-4, 3e-4),
+    "train.learning_rate": (1.4e-4, 3e-4),
     "train.timestep_fraction": (0.3, 1.0),  # 1 for an algorithm whose loss couples the steps
     "train.lora_rank": (0, 4),
     "checkpoint.every": (5, 1),  # of the miniature one takes as long as a third of an epoch

@@ -1,7 +1,10 @@
 """The benchmark end to end on a tiny model, its refusals, and its counts against sums done by hand."""
 
+import dataclasses
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -40,21 +43,73 @@ def test_random_weights_run_and_every_number_is_positive(sizes, capsys):
     assert rows["rollout, first run (compiles)"]["value"] > 8 / rate
 
 
-@pytest.mark.slow  # compiles four programs
-def test_memory_only_allocates_nothing_and_counts_what_is_resident(sizes, capsys, monkeypatch):
+def test_memory_only_counts_what_is_resident_and_prints_a_table(sizes, capsys, monkeypatch):
     monkeypatch.setattr(capacity, "REMAT", ("off",))
-    assert command(*FEW, "--memory-only") == 0
-    rows = {row["what"]: row["value"] * 2**30 for row in json.loads(capsys.readouterr().out)["rows"]}
+    monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(TINY, unet=tiny.SMALLEST_UNET))
+    asked = [*FEW[:-1], "--memory-only"]
+    assert command(*asked, "--json") == 0
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[0] == "adapters of rank 4, remat off: on paper"  # progress
+    rows = {row["what"]: row["value"] * 2**30 for row in json.loads(printed.out)["rows"]}
     whole = {name: value for name, value in rows.items() if name.startswith("whole UNet, remat off")}
     resident = whole["whole UNet, remat off: resident"]
-    count = sum(np.prod(s) for s in _shapes(tiny.UNET))
+    count = sum(np.prod(s) for s in _shapes(tiny.SMALLEST_UNET))
     vae = sum(np.prod(s) for s in _shapes(tiny.VAE))
     # float32 parameters and AdamW's two moments, two counters; the VAE and the text encoder
     assert resident == pytest.approx(4 * (3 * count + vae + TINY.text_params), abs=64)
     assert all(value > resident for name, value in whole.items() if "resident" not in name)
-    adapters = rows["adapters of rank 4, remat off: resident"]
-    assert adapters < resident
+    assert rows["adapters of rank 4, remat off: resident"] < resident
     assert "(fits H100, A100, TPU v4, TPU v5e)" in "".join(rows)
+
+    entries = [
+        capacity.Memory("small", 2**30, 2**31, 2**30, 2**31, 2**30, 2**30),
+        capacity.Memory("large", 2**30, 2**30, 2**30, 20 * 2**30, 3 * 2**30, 4 * 2**30, "TPU v5e"),
+    ]
+    table = benchmark.memory_table(entries, "v5e").splitlines()
+    assert table[3].startswith("| large | 1.0 | 1.0 | 1.0 | 20.0 | 3.0 | 4.0 |")
+    assert table[3].endswith("| yes | yes | yes | yes |")  # by its own compiler the last; 20 of 32 GiB the one before
+
+
+@pytest.mark.slow  # compiles four programs
+def test_memory_only_asks_the_compiler(sizes, capsys, monkeypatch):
+    monkeypatch.setattr(capacity, "REMAT", ("on",))
+    assert command(*FEW, "--memory-only", "--compile-for=here") == 0
+    rows = {row["what"]: row["value"] * 2**30 for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert sum("compiled" in name for name in rows) == 4 and all(value > 0 for value in rows.values())
+
+
+def _paper(function, *shapes, **options):
+    return capacity.paper_bytes(
+        jax.jit(function, **options).trace(*(jax.ShapeDtypeStruct(s, "float32") for s in shapes))
+    )
+
+
+def test_memory_on_paper_by_hand():
+    n = 4 * 64 * 64  # bytes of one array
+    square = (64, 64)
+    # Two products: the first result is held until the second is there.
+    assert _paper(lambda x: x @ x @ x, square) == 2 * n
+    # Elementwise work between them writes over its operand; before a sum it is not even written.
+    assert _paper(lambda x: jax.nn.relu(jnp.sin(x @ x) + 1) @ x, square) == 2 * n
+    assert _paper(lambda x: jnp.square(x @ x + 1).sum(), square) == n + 4
+    # A donated argument is written over.
+    assert _paper(lambda x: x + 1, square) == n
+    assert _paper(lambda x: x + 1, square, donate_argnums=0) == 0
+    # A loop holds its carry once and the temporaries of one turn, whatever its length.
+    for length in (2, 20):
+        loop = lambda x, length=length: jax.lax.scan(lambda c, _: (c + x @ x, None), x, length=length)[0]  # noqa: E731
+        assert _paper(loop, square) == 2 * n
+
+    def layers(x, w, wrap):
+        for _ in range(8):
+            x = wrap(lambda x: jnp.sin(jnp.sin(x @ w) @ w))(x)
+        return x.sum()
+
+    plain, remat = (
+        _paper(lambda x, w, wrap=wrap: jax.grad(layers)(x, w, wrap), square, square)
+        for wrap in (lambda f: f, jax.checkpoint)
+    )
+    assert plain >= 16 * n and 8 * n <= remat <= 13 * n  # two products a layer are held, or the layer's input alone
 
 
 def _shapes(config):
@@ -63,7 +118,7 @@ def _shapes(config):
     from ddpo_jax.models.vae import AutoencoderKL
 
     return keys.upstream_shapes(
-        keys.abstract(UNet2DCondition if config is tiny.UNET else AutoencoderKL, config)
+        keys.abstract(AutoencoderKL if config is tiny.VAE else UNet2DCondition, config)
     ).values()
 
 
@@ -130,6 +185,7 @@ def test_loop_compares_two_rules_and_puts_the_first_back(capsys):
         (["--set=train.lora_ranks=1"], "unknown key 'train.lora_ranks'"),
         (["--repeats=0"], "--repeats"),
         (["--model=nowhere"], "no such folder"),
+        (["--model=sd15", "--memory-only", "--compile-for=gpu"], "--compile-for: invalid choice"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(capsys, argv, message):

@@ -10,8 +10,10 @@ Logits and softmax are float32 in all of them.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ _CHUNK_LOGITS = 2**26  # float32 logits alive at a time in ``chunked``: 256 MiB
 _LANES = 128  # of a TPU vector register
 
 _log = logging.getLogger(__name__)
+_platform = ""  # of ``compiling_for``
 
 
 def attention(
@@ -64,8 +67,21 @@ def attention(
     return _xla(q, k, v, causal, mask)
 
 
+@contextlib.contextmanager
+def compiling_for(platform: str) -> Iterator[None]:
+    """Networks traced meanwhile are for ``platform`` ("tpu" or "gpu"), whatever the devices at hand are."""
+    global _platform
+    before, _platform = _platform, platform
+    try:
+        yield
+    finally:
+        _platform = before
+
+
 def current_platform() -> str:
     """ "cpu", "tpu", "cuda" (a GPU whose cuDNN has flash attention: compute capability 8.0) or "gpu" (any other)."""
+    if _platform:
+        return _platform
     platform = jax.default_backend()
     if platform != "gpu":
         return platform
@@ -163,7 +179,7 @@ def _flash_tpu_obstacle(platform: str, head_dim: int, q_len: int, kv_len: int, m
 
 def _xla(q: Array, k: Array, v: Array, causal: bool, mask: Array | None) -> Array:
     dtype = q.dtype
-    if jax.default_backend() == "cpu" and dtype.itemsize < 4:
+    if current_platform() == "cpu" and dtype.itemsize < 4:
         # XLA for CPU lacks, in loops, the half-precision product that jax.nn asks for; it has no fast one anyway.
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla").astype(dtype)

@@ -18,6 +18,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ddpo_jax.models.attention import current_platform
+
 ConfigT = TypeVar("ConfigT")
 Padding = tuple[tuple[int, int], tuple[int, int]]
 _CONV_DIMS = ("NHWC", "HWIO", "NHWC")
@@ -95,7 +97,7 @@ def conv(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C D"], stride: 
     """
     if kernel.shape[:2] == (1, 1) and stride == 1 and padding == ((0, 0), (0, 0)):
         return x @ kernel[0, 0]
-    if jax.default_backend() == "cpu":
+    if current_platform() == "cpu":
         return _conv_cpu(x, kernel, stride, padding)
     return _conv_lax(x, kernel, stride, padding)
 

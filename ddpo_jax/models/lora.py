@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
+from safetensors import safe_open
 
 from ddpo_jax import weights
 
 DOWN, UP = "lora_down", "lora_up"  # names of A^T [in, r] and B^T [r, out]
 _PEFT = {DOWN: "lora_A.weight", UP: "lora_B.weight"}  # [r, in] and [out, r]
+_METADATA = "lora_adapter_metadata"  # entry of the file's header: options as JSON
 
 
 class LoRALinear(nnx.Module):
@@ -127,4 +129,43 @@ def save(
         "target_modules": sorted({name.rpartition(".")[0] for name in params}),
     }
     described = json.dumps({f"{prefix}.{key}": value for key, value in options.items()}, indent=2, sort_keys=True)
-    weights.write_safetensors(path, tensors, {"lora_adapter_metadata": described})
+    weights.write_safetensors(path, tensors, {_METADATA: described})
+
+
+def load(path: str | os.PathLike[str], prefix: str = "unet") -> dict[str, np.ndarray]:
+    """Reads adapters that ``save``, a diffusers pipeline or one network of it has written.
+
+    Args:
+      path: of the safetensors file.
+      prefix: the part of the pipeline that they adapt; the file of a single network does not name it.
+
+    Returns:
+      The adapters' parameters by dotted name, float32, for a scale of 1: another scale is multiplied into B.
+
+    Raises:
+      ValueError: the file holds anything but plain adapters of ``prefix``.
+    """
+    tensors = weights.read_safetensors(path)
+    with safe_open(path, "np") as file:
+        described = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+    options = {key.removeprefix(f"{prefix}."): value for key, value in described.items()}
+    unknown = [key for key in ("alpha_pattern", "use_dora", "use_rslora") if options.get(key)]
+    start = f"{prefix}." if any(name.startswith(f"{prefix}.") for name in tensors) else ""
+    ours, params = {theirs: name for name, theirs in _PEFT.items()}, {}
+    for name, value in tensors.items():
+        layer, _, last = name.removeprefix(start).rpartition(".lora_")
+        if not name.startswith(start) or not layer or f"lora_{last}" not in ours or value.ndim != 2:
+            unknown.append(name)
+        else:
+            params[f"{layer}.{ours[f'lora_{last}']}"] = value.T.astype(np.float32)
+    layers = sorted({name.rpartition(".")[0] for name in params})
+    unknown += [f"half of {layer}" for layer in layers if any(f"{layer}.{part}" not in params for part in _PEFT)]
+    if unknown or not params:
+        raise ValueError(
+            f"{path}: received {', '.join(unknown[:3]) or 'no tensors'}; it must hold pairs of lora_A and lora_B of "
+            f"linear layers of the {prefix}, of one scale; use a file of such"
+        )
+    for layer in layers:
+        rank = params[f"{layer}.{UP}"].shape[0]
+        params[f"{layer}.{UP}"] *= np.float32(options.get("lora_alpha", rank) / rank)
+    return params

@@ -160,7 +160,7 @@ def test_sharded_and_sliced_decoding_give_the_same_images(ours, monkeypatch):
     got = ours.decode(placed)
     assert len(got.sharding.device_set) == 4
     assert np.abs(np.asarray(got).astype(int) - want).max() <= 1
-    monkeypatch.setattr(pipeline, "_DECODE_PIXELS", 3 * 16 * 16)
+    monkeypatch.setattr(pipeline, "DECODE_PIXELS", 3 * 16 * 16)
     ours._decoders.clear()
     assert np.abs(np.asarray(ours.decode(latents)).astype(int) - want).max() <= 1
 

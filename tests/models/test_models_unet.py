@@ -299,12 +299,13 @@ def test_full_size_forward(name, capsys):
     start = time.perf_counter()
     ours = np.asarray(forward(params, latents, timesteps, context))
     seconds = time.perf_counter() - start
-    error = float(np.abs(ours - expected).max())
+    error, deviation = float(np.abs(ours - expected).max()), float(expected.std())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     with capsys.disabled():
         print(
-            f"max abs error {error:.2e} (output std {expected.std():.2f}), forward {seconds:.1f} s "
-            f"(compile {compile_seconds:.1f} s; PyTorch {torch_seconds:.1f} s), peak memory {peak:.1f} GiB"
+            f"max abs error {error:.2e} ({error / deviation:.2e} of the output's standard deviation, {deviation:.2f}), "
+            f"forward {seconds:.1f} s (compile {compile_seconds:.1f} s; PyTorch {torch_seconds:.1f} s), "
+            f"peak memory {peak:.1f} GiB"
         )
-    assert error < 5e-4
+    assert error < 1e-4 and error / deviation < 1e-4  # random weights may give outputs of any size
     assert peak < 14
