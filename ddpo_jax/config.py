@@ -33,7 +33,7 @@ STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 # Defaults that depend on the model: key -> (the miniature, Stable Diffusion). They are None until ``resolve``.
 BY_MODEL: dict[str, tuple[Any, Any]] = {
-    "num_epochs": (80, 100),
+    "num_epochs": (90, 100),
     "sample.num_steps": (10, 50),
     "sample.batch_size": (32, 8),
     "sample.num_batches_per_epoch": (4, 32),
