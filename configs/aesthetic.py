@@ -1,8 +1,8 @@
 """DDPO for an aesthetic score: the miniature's own network on CPU, the LAION head on CLIP with Stable Diffusion.
 
 command:   python -m ddpo_jax.main --config=configs/aesthetic.py
-run time:  20 epochs of 128 images: 4 minutes on 2 cores with the aesthetic reward (measured)
-expect:    see README.md, which says what was measured
+run time:  90 epochs of 128 images: 5 min 36 s on 2 quiet cores, compilation included
+expect:    on the miniature 5.9 -> 6.9, about one standard deviation (three seeds: 1.24, 1.19, 0.81 of one)
 
 Choices follow a colon, such as configs/aesthetic.py:algorithm=ddpo_sf,train.learning_rate=1e-4
 """
