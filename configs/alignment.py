@@ -2,8 +2,8 @@
 
 command:   python -m ddpo_jax.main --config=configs/alignment.py
 run time:  40 epochs of 128 images of 3.2 s each on 2 quiet cores, after some 30 s of compilation
-expect:    no rise yet on the miniature: 0.78 in the first five epochs, 0.78 in the last five (one seed); its verifier is
-           right about most prompts from the start, and two objects in relation, which have room, are learnt slowly
+expect:    no rise yet on the miniature: 0.78 in the first five epochs, 0.78 in the last (one seed); most prompts are
+           drawn right from the start, and two objects in relation, which have room, are not learnt in so few queries
 
 LOOP rather than DDPO: most prompts are drawn right most of the time, and a z-score blows their rare failures up.
 Choices follow a colon, such as configs/alignment.py:algorithm=ddpo,train.learning_rate=1e-4
