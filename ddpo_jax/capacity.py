@@ -28,7 +28,7 @@ from ddpo_jax import sharding
 from ddpo_jax.build import build
 from ddpo_jax.learner import Minibatch
 from ddpo_jax.models.attention import compiling_for
-from ddpo_jax.models.pipeline import DECODE_PIXELS
+from ddpo_jax.models.pipeline import decode_slice
 from ddpo_jax.random_model import Size, random_model
 
 # Dense bfloat16 operations per second and chip, from the makers' data sheets; the longest name that fits counts.
@@ -214,10 +214,10 @@ def _programs(config: ConfigDict, size: Size, device: Any) -> tuple[dict[str, Ca
     context, n = (size.tokens, size.unet.cross_attention_dim), config.sample.batch_size
     sampled = _float(n, *context), _int(), _int(n), _int(n), _int()
     batch = minibatch_shapes(config, model.pipeline.latent_shape, context)
-    pixels = math.prod(model.pipeline.latent_shape[:2]) * size.vae.factor**2
+    slice_size = decode_slice(model.pipeline.latent_shape, size.vae.factor)
 
     def decode(vae: Any, latents: Any) -> Any:
-        return nnx.merge(graphdef, vae).decode(latents, slice_size=max(1, DECODE_PIXELS // pixels))
+        return nnx.merge(graphdef, vae).decode(latents, slice_size=slice_size)
 
     return {
         "rollout": lambda: parts.collector.sample.trace(state.params, model.frozen, parts.uncond, *sampled),

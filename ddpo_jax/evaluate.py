@@ -114,20 +114,13 @@ def make_sampler(
     frozen = sharding.put_params(model.frozen, mesh)
     uncond = sharding.replicate(jnp.asarray(pipe.embed([""])[0]), mesh)
 
-    @jax.jit
-    def program(params: Params, frozen: Params, uncond: Array, context: Array, numbers: Array) -> Array:
-        specs = [sharding.param_specs(tree, mesh) for tree in (params, frozen)]
+    def local(params: Params, frozen: Params, uncond: Array, context: Array, numbers: Array) -> Array:
+        draws = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
+        bound = policy.bind(model.network, frozen)
+        return sampler.sample(bound, params, draws, context, uncond, pipe.latent_shape).latents[:, -1]
 
-        def local(params: Params, frozen: Params, uncond: Array, context: Array, numbers: Array) -> Array:
-            pairs = zip((params, frozen), specs, strict=True)
-            params, frozen = [sharding.gather_params(tree, spec) for tree, spec in pairs]
-            draws = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
-            bound = policy.bind(model.network, frozen)
-            return sampler.sample(bound, params, draws, context, uncond, pipe.latent_shape).latents[:, -1]
-
-        split = (*specs, P(), sharding.BATCH, sharding.BATCH)
-        sharded = jax.shard_map(local, mesh=mesh, in_specs=split, out_specs=sharding.BATCH, check_vma=False)
-        return sharded(params, frozen, uncond, context, numbers)
+    batch = sharding.BATCH
+    program = jax.jit(sharding.per_device(local, mesh, 2, (P(), batch, batch), batch))
 
     def sample(params: Params, prompts: list[str], numbers: np.ndarray) -> UInt8[np.ndarray, "N H W 3"]:
         context, ids = sharding.put_batch((pipe.embed(prompts), numbers.astype(np.int32)), mesh)

@@ -87,25 +87,18 @@ class Programs:
 
     def _compiled(self, function: Callable[..., Array]) -> Callable[..., Array]:
         """``function(policy, params, uncond, start, *samples)`` with the first three given, samples split by device."""
-        specs = sharding.param_specs(self._params, self.mesh)
 
-        def local(params: tuple[Params, Params], uncond: Array, start: Array, *samples: Array) -> Array:
-            trained, frozen = (sharding.gather_params(tree, spec) for tree, spec in zip(params, specs, strict=True))
+        def local(trained: Params, frozen: Params, uncond: Array, start: Array, *samples: Array) -> Array:
             return function(self._policy.bind(self._network, frozen), trained, uncond, start, *samples)
 
-        def program(params: tuple[Params, Params], uncond: Array, start: Array, *samples: Array) -> Array:
-            split = (sharding.BATCH,) * len(samples)
-            return jax.shard_map(
-                local,
-                mesh=self.mesh,
-                in_specs=(specs, P(), P(), *split),
-                out_specs=sharding.BATCH,
-                check_vma=False,  # the carries start replicated and become per-device
-            )(params, uncond, start, *samples)
+        @jax.jit
+        def program(trained: Params, frozen: Params, uncond: Array, start: Array, *samples: Array) -> Array:
+            specs = (P(), P(), *[sharding.BATCH] * len(samples))
+            call = sharding.per_device(local, self.mesh, 2, specs, sharding.BATCH)
+            return call(trained, frozen, uncond, start, *samples)
 
-        jitted = jax.jit(program)
-        return lambda start, *samples: jitted(
-            self._params, self._uncond, np.int32(start), *sharding.put_batch(samples, self.mesh)
+        return lambda start, *samples: program(
+            *self._params, self._uncond, np.int32(start), *sharding.put_batch(samples, self.mesh)
         )
 
     def _keys(self, ids: Array) -> Array:

@@ -67,6 +67,11 @@ _EMBED_BATCH = 32
 DECODE_PIXELS = 4 * 512 * 512  # decoded at once on each device
 
 
+def decode_slice(latent_shape: Sequence[int], factor: int) -> int:
+    """Images a device decodes at once, of latents [h, w, ...] whose sides the VAE makes ``factor`` times larger."""
+    return max(1, DECODE_PIXELS // (latent_shape[0] * latent_shape[1] * factor**2))
+
+
 class Pipeline:
     """UNet, VAE, text encoder and tokenizer with their configs.
 
@@ -186,7 +191,7 @@ class Pipeline:
         factor, scaling = self.vae.config.factor, self.vae_scaling_factor
 
         def decode(state: Any, latents: Array) -> Array:
-            slice_size = max(1, DECODE_PIXELS // (latents.shape[1] * latents.shape[2] * factor**2))
+            slice_size = decode_slice(latents.shape[1:], factor)
             images = nnx.merge(graphdef, state).decode(latents.astype(jnp.float32) / scaling, slice_size=slice_size)
             return jnp.round(255 * jnp.clip(images / 2 + 0.5, 0, 1)).astype(jnp.uint8)
 
