@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from ddpo_jax import config as configs
@@ -174,9 +174,8 @@ def build(config: ConfigDict, model: Model | None = None, mesh: Mesh | None = No
     model.frozen = sharding.put_params(model.frozen, mesh)
     uncond: Any = jnp.asarray(pipe.embed([""])[0])
     if _is_shape(model.params, model.frozen):
-        uncond = jax.ShapeDtypeStruct(uncond.shape, uncond.dtype, sharding=NamedSharding(mesh, PartitionSpec()))
-    else:
-        uncond = sharding.replicate(uncond, mesh)
+        uncond = jax.ShapeDtypeStruct(uncond.shape, uncond.dtype)
+    uncond = sharding.replicate(uncond, mesh)
     return Parts(algorithm, traits, model, learner, collector, replay, runner, mesh, uncond, value)
 
 

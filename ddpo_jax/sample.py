@@ -7,6 +7,7 @@ DDIM that PyTorch diffusers runs by default. Image k of every prompt starts from
 examples:
   python -m ddpo_jax.sample --model=mini --prompt="a red circle" --prompt="two blue stars" --out=base.png
   python -m ddpo_jax.sample --workdir=runs/aesthetic --epoch=best --prompt="a red circle" --out=trained.png
+  python -m ddpo_jax.sample --model=FOLDER --lora=pytorch_lora_weights.safetensors --prompt="a cat" --out=lora.png
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
@@ -27,6 +29,7 @@ from ddpo_jax import config as configs
 from ddpo_jax.build import Model, load_model
 from ddpo_jax.diffusion import sampler, schedule
 from ddpo_jax.diffusion.policy import Policy
+from ddpo_jax.models import lora
 from ddpo_jax.trained import load_trained
 from ddpo_jax.types import Params
 
@@ -74,7 +77,32 @@ def load(args: argparse.Namespace) -> tuple[ConfigDict, Model, str]:
     config.model = args.model
     config.train.lora_rank = 0
     config = configs.resolve(config, jax.default_backend(), jax.device_count())
-    return config, load_model(config), config.model
+    model = load_model(config)
+    if not args.lora:
+        return config, model, config.model
+    model.params = adapted(model.params, args.lora)
+    return config, model, f"{config.model} with {args.lora}"
+
+
+def adapted(params: Params, path: str) -> Params:
+    """A network's parameters with the adapters of a file merged into them.
+
+    Raises:
+      ValueError: the file cannot be read, or its adapters are of another network.
+    """
+    try:
+        adapters = lora.load(path)
+    except OSError as error:
+        raise ValueError(f"--lora: received '{path}'; cannot read it: {error.strerror or error}") from error
+    shapes = {name: params[name].shape for name in params}
+    for layer in sorted({name.rpartition(".")[0] for name in adapters}):
+        wanted = adapters[f"{layer}.{lora.DOWN}"].shape[0], adapters[f"{layer}.{lora.UP}"].shape[1]
+        if shapes.get(f"{layer}.kernel") != wanted:
+            raise ValueError(
+                f"--lora: received '{path}'; it adapts {layer} of shape {wanted}, which the model has as "
+                f"{shapes.get(f'{layer}.kernel')}; use the --model that the adapters were trained on"
+            )
+    return jax.tree.map(jnp.asarray, lora.merge({name: np.asarray(x) for name, x in params.items()} | adapters))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -82,6 +110,8 @@ def check(args: argparse.Namespace) -> None:
     if bool(args.model) == bool(args.workdir):
         given = "both" if args.model else "neither"
         raise ValueError(f"--model, --workdir: received {given}; one says what to sample; use --model=mini")
+    if args.lora and args.workdir:
+        raise ValueError("--lora: received with --workdir, whose adapters are taken from its checkpoint; use --model")
     if not args.workdir and (args.ema or args.epoch != "latest"):
         raise ValueError("--epoch, --ema: received without --workdir; they pick a checkpoint of a run; add --workdir")
     if pathlib.Path(args.out).suffix.lower() not in SUFFIXES:
@@ -102,6 +132,7 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     parser = cli.Parser("ddpo_jax.sample", __doc__)
     parser.add_argument("--model", default="", help="mini, a diffusers folder or a hub id: without training")
+    parser.add_argument("--lora", default="", metavar="FILE", help="adapters for --model, a file of PEFT")
     parser.add_argument("--workdir", default="", help="folder of a run: what it has trained")
     parser.add_argument("--epoch", default="latest", help="finished epochs of a checkpoint, or latest, or best")
     parser.add_argument("--ema", action="store_true", help="the average of the parameters (train.ema_decay > 0)")

@@ -59,14 +59,7 @@ def param_specs(params: Any, mesh: Mesh) -> Any:
 
 def put_params(params: Any, mesh: Mesh) -> Any:
     """Parameters (or optimizer state) on the mesh, split at rest; shapes in their place become shapes of such."""
-
-    def put(x: Any, spec: P) -> Any:
-        sharding = NamedSharding(mesh, spec)
-        if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        return jax.device_put(x, sharding)
-
-    return jax.tree.map(put, params, param_specs(params, mesh))
+    return jax.tree.map(lambda x, spec: _put(x, NamedSharding(mesh, spec)), params, param_specs(params, mesh))
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
@@ -76,8 +69,14 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """The whole of every array on every device."""
-    return jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, P())), tree)
+    """The whole of every array on every device; shapes in their place become shapes of such."""
+    return jax.tree.map(lambda x: _put(x, NamedSharding(mesh, P())), tree)
+
+
+def _put(x: Any, where: NamedSharding) -> Any:
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.device_put(x, where)
 
 
 def gather_params(params: Any, specs: Any) -> Any:

@@ -1,5 +1,6 @@
 """A folder that PyTorch diffusers built is trained, exported and sampled by PyTorch diffusers: the same images."""
 
+import argparse
 import contextlib
 import json
 import re
@@ -156,6 +157,28 @@ def test_peft_reads_the_file_and_writes_it_back(runs, base, tmp_path):
         assert set(back) == set(params)
         for name, value in params.items():
             np.testing.assert_array_equal(back[name], value, err_msg=name)
+
+
+def test_the_file_is_sampled_without_the_run(runs, base, tmp_path, capsys):
+    assert command(f"--workdir={runs(2)}", f"--out={tmp_path}") == 0
+    file = str(tmp_path / LORA_FILE)
+    config, model, name = sample.load(argparse.Namespace(model=str(base), workdir="", lora=file))
+    assert name == f"{base} with {file}"
+    config = config.copy_and_resolve_references()
+    config.sample.num_steps, config.sample.eta = 4, 0.0
+    assert_same_images(sample.draw(model, PROMPTS, config, SEED, 1), ours(runs(2))[0])
+
+    argv = ["--prompt=a", f"--out={tmp_path / 'grid.png'}", "--steps=1"]
+    assert cli.run(sample.main, [f"--model={base}", f"--lora={file}", *argv]) == 0
+    capsys.readouterr()
+    for given, message in (
+        (["--model=mini", f"--lora={file}"], "use the --model that the adapters were trained on"),
+        ([f"--workdir={runs(2)}", f"--lora={file}"], "--lora: received with --workdir"),
+        ([f"--model={base}", "--lora=nowhere"], "nowhere"),
+    ):
+        assert cli.run(sample.main, [*given, *argv]) == 2
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1 and message in printed, printed
 
 
 def test_which_weights_are_taken(runs):
