@@ -222,21 +222,20 @@ class Progress:
         """One more epoch is done; ``row`` is what went to ``Writer.write``."""
         self._done += 1
         self._ends.append(time.monotonic())
-        seconds = self._seconds_per_epoch()
-        figures = (
-            f"reward {row['reward/mean']:.4g}  queries {row['reward_queries']}  {seconds:.3g} s/epoch  "
-            f"ETA {duration(seconds * (self._total - self._done))}"
-        )
+        figures = f"reward {row['reward/mean']:.4g}  queries {row['reward_queries']}  {self._pace()}"
         if self._bar is None:
             print(f"epoch {self._done}/{self._total}  {figures}", file=self._stream, flush=True)
         else:
             self._bar.set_postfix_str(figures, refresh=False)
             self._bar.update(1)
 
-    def _seconds_per_epoch(self) -> float:
-        """Mean of the last ten; the first epoch of the process, which compiles, counts only while it is alone."""
-        ends = self._ends if len(self._ends) == 2 else self._ends[1:][-11:]
-        return (ends[-1] - ends[0]) / (len(ends) - 1)
+    def _pace(self) -> str:
+        """Mean of the last ten epochs; the first of the process compiles, so it says nothing of those to come."""
+        if len(self._ends) == 2:
+            return f"{self._ends[1] - self._ends[0]:.3g} s with compilation"
+        ends = self._ends[1:][-11:]
+        seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
+        return f"{seconds:.3g} s/epoch  ETA {duration(seconds * (self._total - self._done))}"
 
     def close(self) -> None:
         """Ends the bar."""

@@ -194,7 +194,7 @@ def test_progress_without_a_terminal_is_one_line_per_epoch(monkeypatch):
     progress.close()
     lines = stream.getvalue().splitlines()
     assert lines == [
-        "epoch 8/100  reward 0.1235  queries 512  60 s/epoch  ETA 1:32:00",
+        "epoch 8/100  reward 0.1235  queries 512  60 s with compilation",
         "epoch 9/100  reward 0.1235  queries 576  2 s/epoch  ETA 3:02",
         "epoch 10/100  reward 0.1235  queries 640  3 s/epoch  ETA 4:30",
     ]

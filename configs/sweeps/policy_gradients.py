@@ -1,10 +1,12 @@
-"""Claim: REINFORCE < REINFORCE with baseline < DDPO < LOOP with K = 2, 3, 4, here on all verifier categories together.
+"""Claim: REINFORCE < REINFORCE with baseline < DDPO < LOOP with K = 2, 3, 4, here on all verifier categories together
+and on the aesthetic score.
 
 Source: 003 Tables 1 to 3, Fig. 2 and 3. Show: final reward, and queries to DDPO's. One learning rate for all; REINFORCE
 makes one update of an epoch, as it must, the others two. Per category: policy_gradients_by_category.py.
 """
 
 BASELINE = "algorithm=ddpo"
+REWARDS = ("mini_verifier", "aesthetic")
 METHODS = {
     "reinforce": "algorithm=reinforce",
     "reinforce_bc": "algorithm=reinforce_bc",
@@ -17,6 +19,7 @@ METHODS = {
 
 def runs():
     return [
-        {"panel": "all", "name": name, "config": f"../papers/loop.py:model=mini,{method}"}
+        {"panel": reward, "name": name, "config": f"../papers/loop.py:model=mini,reward={reward},{method}"}
+        for reward in REWARDS
         for name, method in METHODS.items()
     ]
