@@ -91,7 +91,7 @@ def split_model(config: ConfigDict, pipe: pipeline.Pipeline) -> Model:
         return {name: x.astype(dtype) for name, x in frozen.items()}, off
 
     shapes_only = _is_shape(params, frozen)
-    frozen, reference = jax.eval_shape(convert, params, frozen) if shapes_only else convert(params, frozen)
+    frozen, reference = jax.eval_shape(convert, params, frozen) if shapes_only else jax.jit(convert)(params, frozen)
     return Model(pipe, network, params, frozen, reference)
 
 

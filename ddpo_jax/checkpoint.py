@@ -227,8 +227,10 @@ def _to_stored(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     for name, leaf in _flatten(tree).items():
         if _is_key(leaf):
             leaf = jax.random.key_data(leaf)
-        elif not isinstance(leaf, jax.Array):
+        if not isinstance(leaf, jax.Array):
             leaf = np.array(leaf)  # a copy: the caller may go on writing into its own
+        elif leaf.is_fully_replicated and jax.process_count() == 1:
+            leaf = leaf.addressable_data(0)  # of a replicated array orbax has every device cut and write a slice
         if leaf.size:
             stored[name] = leaf
         else:

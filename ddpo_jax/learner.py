@@ -129,8 +129,10 @@ class Learner:
     def init(self, params: Params) -> TrainState:
         """The state before the first update. Copies ``params``: updates donate their buffers."""
 
+        copies = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))  # one program, not one for every shape
+
         def copy() -> Params:
-            return sharding.put_params(jax.tree.map(jnp.copy, params), self._mesh)
+            return sharding.put_params(copies(params), self._mesh)
 
         return TrainState(
             params=copy(),

@@ -17,7 +17,7 @@ size) runs the same experiment on the miniature, where whatever depends on the s
 - one device, so that a result does not depend on the machine's cores; a sweep runs several at once (--parallel);
 - ``replay.k``: per device, so that the replayed share of an epoch on one device is the paper's on its devices;
 - prompts: 48 of the miniature's world in place of the 45 animals, its over 100 000 in place of as many of HPDv2;
-- about 20 checkpoints and image grids in a run.
+- about 5 checkpoints and image grids in a run, each of which takes as long as half an epoch.
 
 What the argument says beyond that has the last word.
 """
@@ -34,7 +34,7 @@ from ddpo_jax import keys
 QUERIES = 1500  # reward queries of a run on the miniature
 LEARNING_RATE, AT_IMAGES = 1e-4, 64
 MIN_COUNT = 4
-SAVES = 20
+SAVES = 5
 
 
 def split(arg: str) -> tuple[str, str, str]:

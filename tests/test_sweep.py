@@ -31,6 +31,7 @@ case "$*" in
     echo '{{"rewards": {{"r": {{"base": {{"mean": 1.0}}, "trained": {{"mean": 3.0}}}}}}}}' > "$out/evaluation.json"
     exit 0;;
   *two.py*) echo "error: no such reward" >&2; exit 2;;
+  *cores.py*) sleep 0.5; grep Cpus_allowed_list /proc/self/status >> "{folder}/cores.txt";;
   *slow.py*) trap 'exit 143' TERM; for i in $(seq 200); do sleep 0.05; done; exit 0;;
 esac
 name=ddpo; case "$*" in *algorithm=loop*) name=loop;; esac
@@ -95,6 +96,21 @@ def test_finished_runs_are_skipped_and_others_tried_again(standin, tmp_path, cap
     assert "p/ddpo seed 0: reward 0 -> 1, 16 queries, done before" in capsys.readouterr().err
     assert run(*command, "--config.num_epochs=3", "--only=p/*") == 0  # another command is another run: main decides
     assert len(calls.read_text().splitlines()) == before + 3
+
+
+@pytest.mark.skipif(not sweep.core_sets(2), reason="one core, or a system that cannot pin processes to cores")
+def test_runs_in_parallel_have_cores_of_their_own(standin, tmp_path):
+    calls, file = standin
+    runs = [{"panel": "p", "name": name, "config": "cores.py"} for name in "abc"]
+    file.write_text(f'"""Claim: a."""\ndef runs():\n    return {runs}\n')
+    before = os.sched_getaffinity(0)
+    assert run(file, f"--out={tmp_path / 'out'}", "--seeds=0", "--parallel=2") == 0
+    seen = (calls.parent / "cores.txt").read_text().splitlines()
+    assert len(seen) == 3 and len(set(seen)) == 2  # the third takes those of one that has ended
+    assert os.sched_getaffinity(0) == before
+    first, second = sweep.core_sets(2)
+    assert first and second and not first & second and first | second == before
+    assert sweep.core_sets(1) == [] and sweep.core_sets(10**6) == []
 
 
 def test_only_picks_and_says_when_the_baseline_is_missing(standin, tmp_path, capsys):

@@ -12,7 +12,6 @@ Our modules have upstream's attribute names, so the map is a rule on the last pa
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
@@ -141,8 +140,14 @@ def load(
     tensors = canonical(tensors, [rule(name, shape)[0] for name, shape in shapes.items()])
     found = weights.merge(shapes, tensors, rule, where=where if where is not None else cls.__name__)
     state = nnx.state(model, nnx.Param)
-    # A device array must not alias the memory map: the file may be replaced while the model lives.
-    place = functools.partial(np.asarray, order="C") if on_host else jnp.array
+
+    def place(value: np.ndarray) -> Any:
+        if on_host:
+            return np.asarray(value, order="C")
+        # A copy, as a device array on a CPU may alias it, and the memory map's file may be replaced while the model
+        # lives. Not jnp.array, which compiles a program for every shape.
+        return jax.device_put(np.array(value, order="C"))
+
     filled = [(path, leaf.replace(place(found[".".join(map(str, path))]))) for path, leaf in nnx.to_flat_state(state)]
     nnx.update(model, nnx.from_flat_state(filled))
     rest = [x for x in jax.tree.leaves(nnx.state(model)) if isinstance(x, jax.ShapeDtypeStruct)]
