@@ -5,8 +5,8 @@ import runpy
 
 import pytest
 
+from ddpo_jax import compare, keys, presets
 from ddpo_jax import config as configs
-from ddpo_jax import keys, presets
 from ddpo_jax.main import load_file
 from ddpo_jax.validate import validate
 
@@ -154,6 +154,9 @@ def test_a_sweep_resolves_is_sized_for_the_miniature_and_compares_like_with_like
             assert len({c[key] for c in flat}) == 1
         rates = {c["train.learning_rate"] for c in flat}
         assert len(rates) == 1 or file.stem in ("replay_rules", "iskl")  # which vary it on purpose
+        groups = compare.group([compare.Run(file, keys.flatten(config), []) for config in panel])
+        assert len(groups) == len(panel)  # no two runs are the same but for the seed
+        assert len(compare.matching(groups, plan.get("BASELINE", groups[0].label))) == 1
 
 
 def test_every_row_of_the_evidence_has_a_sweep():
