@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
@@ -92,17 +91,18 @@ def adapted(params: Params, path: str) -> Params:
     """
     try:
         adapters = lora.load(path)
-    except OSError as error:
-        raise ValueError(f"--lora: received '{path}'; cannot read it: {error.strerror or error}") from error
-    shapes = {name: params[name].shape for name in params}
+    except (OSError, ValueError) as error:  # both name the file
+        raise ValueError(f"--lora: {error}") from error
+    base = {name: np.asarray(value) for name, value in params.items()}
     for layer in sorted({name.rpartition(".")[0] for name in adapters}):
         wanted = adapters[f"{layer}.{lora.DOWN}"].shape[0], adapters[f"{layer}.{lora.UP}"].shape[1]
-        if shapes.get(f"{layer}.kernel") != wanted:
+        kernel = base.get(f"{layer}.kernel")
+        if kernel is None or kernel.shape != wanted:
             raise ValueError(
                 f"--lora: received '{path}'; it adapts {layer} of shape {wanted}, which the model has as "
-                f"{shapes.get(f'{layer}.kernel')}; use the --model that the adapters were trained on"
+                f"{None if kernel is None else kernel.shape}; use the --model that the adapters were trained on"
             )
-    return jax.tree.map(jnp.asarray, lora.merge({name: np.asarray(x) for name, x in params.items()} | adapters))
+    return jax.device_put(lora.merge(base | adapters))
 
 
 def check(args: argparse.Namespace) -> None:

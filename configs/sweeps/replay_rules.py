@@ -4,8 +4,8 @@ Source: 000 Fig. 7d, Fig. 9 (A.3). Show: the ranking by queries to the final rew
 The larger rate is proportional to the gradients that replay adds: 16 replayed images to an epoch's 20, so 36 / 20.
 """
 
-BASELINE = "replay=none, learning_rate=2.5e-05"
 RATE = 2.5e-5  # of the preset on the miniature: 1e-4 * sqrt(4 / 64)
+BASELINE = f"replay=none, learning_rate={RATE}"
 
 
 def runs():
