@@ -6,27 +6,26 @@ program before it optimises: what rematerialisation computes twice counts once. 
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
 import itertools
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from ddpo_jax import sharding
 from ddpo_jax.build import build
 from ddpo_jax.learner import Minibatch
+from ddpo_jax.liveness import paper_bytes
 from ddpo_jax.models.attention import compiling_for
 from ddpo_jax.models.pipeline import decode_slice
 from ddpo_jax.random_model import Size, random_model
@@ -167,6 +166,7 @@ def memory(
       ValueError: there is no compiler for ``compile_for``.
     """
     device = None if compile_for == "none" else _device(compile_for)
+    sampling: dict[int, int] = {}  # by rank: what is rematerialised concerns the update alone
     for rank, remat in itertools.product((config.train.lora_rank or 4, 0), REMAT):
         config = config.copy_and_resolve_references()
         config.train.lora_rank, config.train.remat = rank, remat
@@ -179,10 +179,16 @@ def memory(
         if device is not None:
             with compiling_for(device.platform) if compile_for in TOPOLOGIES else contextlib.nullcontext():
                 programs, _ = _programs(config, size, device)
-                for name in ("rollout", "update"):
-                    progress(f"{setting}: {name} by the compiler for {device.device_kind}")
-                    compiled[f"compiled_{name}"] = resident + _compiled_bytes(programs[name](), device.platform)
-            compiled["compiled_for"] = f"TPU {compile_for}"
+                if rank not in sampling:
+                    progress(f"{setting}: rollout by the compiler for {device.device_kind}")
+                    sampling[rank] = resident + _compiled_bytes(programs["rollout"](), device.platform)
+                progress(f"{setting}: update by the compiler for {device.device_kind}")
+                updating = resident + _compiled_bytes(programs["update"](), device.platform)
+            compiled = {
+                "compiled_rollout": sampling[rank],
+                "compiled_update": updating,
+                "compiled_for": f"TPU {compile_for}",
+            }
         yield Memory(setting, resident, **paper, **compiled)
 
 
@@ -228,17 +234,27 @@ def _programs(config: ConfigDict, size: Size, device: Any) -> tuple[dict[str, Ca
 
 def _compiled_bytes(traced: Any, platform: str) -> int:
     """Bytes that a compiled program takes besides its arguments; also where the compiler refuses it as too large."""
-    # XLA:CPU spends its time on machine code, which need not be good where it will not run.
+    # The time of compilers goes into fast code, which this need not be: it will not run.
     options = {"xla_backend_optimization_level": 0} if platform == "cpu" else {}
+    effort = "jax_exec_time_optimization_effort"
+    before = getattr(jax.config, effort)
+    jax.config.update(effort, -1.0)
     try:
         analysis = traced.lower().compile(options).memory_analysis()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+)([MG]) of [\d.]+[MG] hbm", str(error))
-        if found is None:
+        needed = refused_bytes(str(error))
+        if needed is None:
             raise
-        arguments = _bytes(traced.jaxpr.in_avals)
-        return int(float(found[1]) * {"M": 2**20, "G": 2**30}[found[2]]) - arguments
+        return needed - _bytes(traced.jaxpr.in_avals)
+    finally:
+        jax.config.update(effort, before)
     return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+
+
+def refused_bytes(message: str) -> int | None:
+    """What a program would take, arguments included, as libtpu puts it where that is more than the chip has."""
+    found = re.search(r"(?:Used |HLO temporaries \()([\d.]+)([MG])(?: of |\) exceeds available HBM)", message)
+    return int(float(found[1]) * {"M": 2**20, "G": 2**30}[found[2]]) if found else None
 
 
 def minibatch_shapes(config: ConfigDict, latent_shape: tuple[int, int, int], context: tuple[int, int]) -> Minibatch:
@@ -261,136 +277,3 @@ def minibatch_shapes(config: ConfigDict, latent_shape: tuple[int, int, int], con
 
 def _bytes(tree: Any) -> int:  # of arrays, or of what has a shape and a type
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-# --- memory on paper --------------------------------------------------------------------------------------------------
-
-# Results of these are computed where they are read, as compilers do; the second kind only for a single reader.
-_CHEAP = frozenset(
-    "abs add and broadcast_in_dim clamp convert_element_type copy copy_p eq expand_dims ge gt integer_pow iota le lt "
-    "max min mul ne neg not or reshape select_n sign square squeeze stop_gradient sub add_any".split()
-)
-_COSTLY = frozenset(
-    "cos cbrt div erf erf_inv exp exp2 expm1 floor log log1p logistic pow rem round rsqrt sin sqrt tanh".split()
-)
-_INLINED = frozenset(
-    "jit pjit closed_call core_call custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr shard_map".split()
-)
-_IN_PLACE = frozenset("scan while dynamic_update_slice scatter scatter-add".split())
-
-
-def paper_bytes(traced: Any) -> int:
-    """The most that a program takes besides its arguments, on any device: a walk through it in the order written.
-
-    An array is held from the operation that makes it to the last that reads it. Elementwise operations are computed
-    where they are read, or write over an operand that nothing reads later; so do donated arguments and what a loop
-    carries. Everything has its own type and its bare size.
-
-    Left out is what compilers and chips add: tiles that are padded, workspace of convolutions, casts of parameters
-    moved out of a loop, fragmentation. Left out also what they save by another order of the operations.
-
-    Args:
-      traced: ``jax.jit(f).trace(shapes)``.
-    """
-    donated = [info.donated for info in jax.tree.leaves(traced.args_info)]
-    jaxpr = traced.jaxpr.jaxpr
-    return _peak(jaxpr, [var for var, given in zip(jaxpr.invars, donated, strict=True) if given])
-
-
-class _Op(NamedTuple):
-    equation: Any
-    reads: list[int]
-    makes: list[int]
-
-
-def _peak(jaxpr: Any, reusable: Sequence[Any]) -> int:
-    sizes: dict[int, int] = {}
-    names = {var: _name(var, sizes) for var in (*jaxpr.invars, *jaxpr.constvars)}
-    ops = list(_inlined(jaxpr, names, sizes))
-    results = {names[var] for var in jaxpr.outvars if not isinstance(var, Literal)}
-    readers: dict[int, list[str]] = collections.defaultdict(list)
-    for op in ops:
-        for array in op.reads:
-            readers[array].append(op.equation.primitive.name)
-
-    # ``held[x]``: the arrays in memory from which x is had, x itself unless it is computed where it is read.
-    held = {names[var]: frozenset([names[var]]) for var in reusable}
-    last: dict[int, int] = {}
-    virtual = set()
-    for number, op in enumerate(ops):
-        needed = frozenset().union(*(held.get(array, frozenset()) for array in op.reads))
-        last |= dict.fromkeys(needed, number)
-        for array in op.makes:
-            if array not in results and _is_fused(op.equation.primitive.name, readers[array]):
-                virtual.add(array)
-                held[array] = needed
-            else:
-                held[array] = frozenset([array])
-                last[array] = number
-    last |= dict.fromkeys(frozenset().union(*(held.get(array, frozenset()) for array in results)), len(ops))
-    freed: dict[int, list[int]] = collections.defaultdict(list)
-    for array, number in last.items():
-        freed[number].append(array)
-
-    live = most = 0
-    for number, op in enumerate(ops):
-        made = sum(sizes[array] for array in op.makes if array not in virtual)
-        ended = sum(sizes[array] for array in freed[number])
-        operands = sum(sizes[array] for array in freed[number] if array not in op.makes)
-        name, inner = op.equation.primitive.name, _inner_peak(op.equation)
-        over = name in _CHEAP | _COSTLY | _IN_PLACE
-        most = max(most, live + (max(made - operands, 0) + inner if over else max(made, inner)))
-        live += made - ended
-    return max(most, live)
-
-
-def _is_fused(name: str, readers: list[str]) -> bool:
-    if name not in _CHEAP and (name not in _COSTLY or len(readers) > 1):
-        return False
-    return all(reader in _CHEAP or reader in _COSTLY or reader.startswith("reduce_") for reader in readers)
-
-
-def _inlined(jaxpr: Any, names: dict[Any, int], sizes: dict[int, int]) -> Iterator[_Op]:
-    """The operations of a program and of the functions it calls; ``names`` and ``sizes`` are filled in."""
-    for equation in jaxpr.eqns:
-        reads = [None if isinstance(var, Literal) else names[var] for var in equation.invars]
-        if equation.primitive.name in _INLINED:
-            body = _bodies(equation)[0]
-            inner = {var: _name(var, sizes) if x is None else x for var, x in zip(body.invars, reads, strict=True)}
-            inner |= {var: _name(var, sizes) for var in body.constvars}
-            yield from _inlined(body, inner, sizes)
-            for outer, var in zip(equation.outvars, body.outvars, strict=True):
-                names[outer] = _name(outer, sizes) if isinstance(var, Literal) else inner[var]
-        else:
-            makes = [_name(var, sizes) for var in equation.outvars]
-            names |= dict(zip(equation.outvars, makes, strict=True))
-            yield _Op(equation, [x for x in reads if x is not None], makes)
-
-
-def _name(var: Any, sizes: dict[int, int]) -> int:
-    """A new number for an array; the same variable has several where its function is called several times."""
-    name = len(sizes)
-    sizes[name] = math.prod(var.aval.shape) * var.aval.dtype.itemsize
-    return name
-
-
-def _inner_peak(equation: Any) -> int:
-    """Of a loop's body, of the largest branch, of a rematerialised function."""
-    name, params = equation.primitive.name, equation.params
-    if name == "pallas_call":  # a kernel: it works in the chip's own small memory
-        return 0
-    peaks = [0]
-    for body in _bodies(equation):
-        carried: list[Any] = []
-        if name == "scan":
-            carried = body.invars[params["num_consts"] :][: params["num_carry"]]
-        elif name == "while":
-            carried = body.invars[params["body_nconsts"] :] if body is params["body_jaxpr"].jaxpr else []
-        peaks.append(_peak(body, carried))
-    return max(peaks)
-
-
-def _bodies(equation: Any) -> list[Any]:
-    lists = [value if isinstance(value, list | tuple) else [value] for value in equation.params.values()]
-    programs = [entry for entries in lists for entry in entries if isinstance(entry, ClosedJaxpr | Jaxpr)]
-    return [entry.jaxpr if isinstance(entry, ClosedJaxpr) else entry for entry in programs]

@@ -15,7 +15,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.py"))
 # A room (a folder or a module of the package) imports rooms of lower layers only, so never a sibling.
 LAYERS = [
     {"types"},
-    {"ops", "weights", "sharding", "find", "errors", "keys", "grid"},
+    {"ops", "weights", "sharding", "find", "errors", "keys", "grid", "liveness"},
     {"cli", "curves"},
     {"diffusion", "models", "checkpoint", "metrics"},
     {"mini"},

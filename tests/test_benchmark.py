@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
-from ddpo_jax import benchmark, capacity, cli
+from ddpo_jax import benchmark, capacity, cli, liveness
 from ddpo_jax import config as configs
 from ddpo_jax.random_model import SIZES, Size
 
@@ -70,6 +70,22 @@ def test_memory_only_counts_what_is_resident_and_prints_a_table(sizes, capsys, m
     assert table[3].endswith("| yes | yes | yes | yes |")  # by its own compiler the last; 20 of 32 GiB the one before
 
 
+@pytest.mark.parametrize(
+    "message, gib",
+    [
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.50G of 15.75G hbm. Exceeded", 17.5),
+        (
+            "CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries (512.00M) "
+            "exceeds available HBM (15.75G). HLO module: jit__update.",
+            0.5,
+        ),
+        ("INTERNAL: Mosaic failed to compile 3.00G of kernels", None),
+    ],
+)
+def test_refusal_of_a_tpu_compiler_says_how_much(message, gib):
+    assert capacity.refused_bytes(message) == (gib and gib * 2**30)
+
+
 @pytest.mark.slow  # compiles four programs
 def test_memory_only_asks_the_compiler(sizes, capsys, monkeypatch):
     monkeypatch.setattr(capacity, "REMAT", ("on",))
@@ -79,7 +95,7 @@ def test_memory_only_asks_the_compiler(sizes, capsys, monkeypatch):
 
 
 def _paper(function, *shapes, **options):
-    return capacity.paper_bytes(
+    return liveness.paper_bytes(
         jax.jit(function, **options).trace(*(jax.ShapeDtypeStruct(s, "float32") for s in shapes))
     )
 

@@ -1,19 +1,21 @@
 """Claim: REINFORCE < REINFORCE with baseline < DDPO < LOOP with K = 2, 3, 4 on color, shape, texture, spatial and
 numeracy.
 
-Source: 003 Tables 1 and 2. Show: final reward per category, trained on the prompts of that category and scored for it
-alone. Settings as in policy_gradients.py.
+Source: 003 Tables 1 and 2. Show: final reward per category, trained on prompts of that category and scored for it
+alone. Four prompts of each: the miniature learns prompt by prompt to draw what it could not, so 1536 queries are enough
+for some, not for all 48 (policy_gradients.py). What else makes learning quick is the same for all methods: adapters, no
+guidance, the squared latent change, 96 images an epoch. REINFORCE makes one update of them, as it must, the others two.
 """
 
 BASELINE = "algorithm=ddpo"
 CATEGORIES = ("color", "shape", "texture", "spatial", "numeracy")
 METHODS = {
-    "reinforce": "algorithm=reinforce",
-    "reinforce_bc": "algorithm=reinforce_bc",
-    "ddpo": "algorithm=ddpo",
-    "loop_2": "algorithm=loop,prompts.samples_per_prompt=2",
-    "loop_3": "algorithm=loop,prompts.samples_per_prompt=3",
-    "loop_4": "algorithm=loop,prompts.samples_per_prompt=4",
+    "reinforce": "algorithm=reinforce,train.batch_size=96",
+    "reinforce_bc": "algorithm=reinforce_bc,train.batch_size=96",
+    "ddpo": "algorithm=ddpo,train.batch_size=48",
+    "loop_2": "algorithm=loop,prompts.samples_per_prompt=2,train.batch_size=48",
+    "loop_3": "algorithm=loop,prompts.samples_per_prompt=3,train.batch_size=48",
+    "loop_4": "algorithm=loop,prompts.samples_per_prompt=4,train.batch_size=48",
 }
 
 
@@ -22,9 +24,15 @@ def runs():
         {
             "panel": category,
             "name": name,
-            "config": f"../papers/loop.py:model=mini,{method}",
+            "config": f"../papers/loop.py:model=mini,weighting=latent_change_squared,{method}",
+            "num_epochs": 16,
             "prompts.category": category,
+            "prompts.count": 4,
             "reward.parts": category,
+            "sample.batch_size": 96,
+            "sample.guidance_scale": 1,
+            "train.learning_rate": 3e-3,
+            "train.lora_rank": 8,
         }
         for category in CATEGORIES
         for name, method in METHODS.items()

@@ -21,12 +21,13 @@ def default_config() -> ConfigDict:
         {
             "split": "training",  # training; novel: combinations that no training prompt has; large: over 100 000
             "category": "all",  # all, or one ability: color, shape, texture, spatial, numeracy
+            "count": 0,  # how many prompts of the set are used, the same ones in every run; 0 = all of them
         }
     )
 
 
-def prompts(split: str, category: str) -> Sequence[str]:
-    """The prompts of a set.
+def prompts(split: str, category: str, count: int = 0) -> Sequence[str]:
+    """The prompts of a set, or ``count`` of them that are spread over it by a fixed shuffle.
 
     Raises:
       ValueError: one line for each option that names no set.
@@ -38,16 +39,26 @@ def prompts(split: str, category: str) -> Sequence[str]:
         faults.append(f"prompts.category: received {category!r}; it must be one of {', '.join(CATEGORIES)}; use all")
     if not faults and split == "large" and category != "all":
         faults.append(f"prompts.category: received {category!r}; split 'large' is one set; use all, or split=training")
+    if count < 0:
+        faults.append(f"prompts.count: received {count}; it must be a whole number >= 0; use 0 for all")
     if faults:
         raise ValueError("\n".join(faults))
+    found: Sequence[str]
     if category != "all":
-        return world.prompts(category, SPLITS[split])
-    return {"training": world.training_prompts, "novel": world.novel_prompts, "large": world.large_prompts}[split]()
+        found = world.prompts(category, SPLITS[split])
+    else:
+        sets = {"training": world.training_prompts, "novel": world.novel_prompts, "large": world.large_prompts}
+        found = sets[split]()
+    if count > len(found):
+        raise ValueError(f"prompts.count: received {count}; the set has {len(found)} prompts; use at most that")
+    if count:
+        found = [found[int(index)] for index in np.random.default_rng(0).permutation(len(found))[:count]]
+    return found
 
 
 def make(config: ConfigDict) -> PromptFn:
     """Draws captions of the world; metadata ``{"split": ..., "category": ...}``."""
-    captions = prompts(config.split, config.category)
+    captions = prompts(config.split, config.category, config.count)
     metadata = {"split": config.split, "category": config.category}
 
     def source(rng: np.random.Generator, n: int) -> tuple[list[str], list[dict[str, Any]]]:

@@ -90,6 +90,14 @@ def test_mini_large_is_large_and_distinct():
     assert len(set(drawn)) == 1000 and len(mini.prompts("large", "all")) > 100_000
 
 
+def test_mini_counts_the_same_prompts_in_every_run():
+    drawn, _ = made("mini", category="color", count=4)(rng(), 8)
+    again, _ = made("mini", category="color", count=4)(np.random.default_rng(5), 8)
+    assert len(set(drawn)) == 4 and set(drawn) == set(again) <= set(world.prompts("color", "train"))
+    everything = [mini.prompts("training", "texture", count) for count in (0, 112)]
+    assert sorted(everything[0]) == sorted(everything[1])
+
+
 def test_file_lines(tmp_path):
     path = tmp_path / "windows.txt"
     path.write_bytes("\ufeffun café\r\n\r\n  a dog \r\nlast".encode())
@@ -107,6 +115,8 @@ def test_file_lines(tmp_path):
         ("file", {"path": "/nowhere.txt"}, "prompts.path: received '/nowhere.txt'; there is no such file"),
         ("file", {"path": "/"}, "prompts.path: received '/'; it is a folder"),
         ("mini", {"split": "test"}, "prompts.split: received 'test'; it must be one of training, novel, large"),
+        ("mini", {"count": 49}, "prompts.count: received 49; the set has 48 prompts"),
+        ("mini", {"count": -1}, "prompts.count: received -1; it must be a whole number >= 0"),
         ("mini", {"category": "size"}, "prompts.category: received 'size'; it must be one of all, color"),
         ("mini", {"split": "large", "category": "color"}, "prompts.category: received 'color'; split 'large'"),
         ("animals", {"split": "all"}, "prompts.split: received 'all'"),
