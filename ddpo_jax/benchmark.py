@@ -291,7 +291,7 @@ def main(argv: Sequence[str]) -> None:
         "--compile-for",
         default="none",
         choices=("none", "here", *capacity.TOPOLOGIES),
-        help="with --memory-only: ask a compiler too, of the device here, or of a TPU by libtpu; none",
+        help="with --memory-only: ask a compiler too, of the device here, or of a TPU by libtpu (an hour for SD); none",
     )
     parser.add_argument("--loop", action="store_true", help="compare convolution gradients inside a loop")
     parser.add_argument("--repeats", type=cli.positive, default=5, help="timed runs, of which the median; 5")

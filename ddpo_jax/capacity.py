@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -179,16 +180,16 @@ def memory(
         if device is not None:
             with compiling_for(device.platform) if compile_for in TOPOLOGIES else contextlib.nullcontext():
                 programs, _ = _programs(config, size, device)
-                if rank not in sampling:
-                    progress(f"{setting}: rollout by the compiler for {device.device_kind}")
-                    sampling[rank] = resident + _compiled_bytes(programs["rollout"](), device.platform)
-                progress(f"{setting}: update by the compiler for {device.device_kind}")
-                updating = resident + _compiled_bytes(programs["update"](), device.platform)
-            compiled = {
-                "compiled_rollout": sampling[rank],
-                "compiled_update": updating,
-                "compiled_for": f"TPU {compile_for}",
-            }
+                for name in ("rollout", "update"):
+                    total = sampling.get(rank) if name == "rollout" else None
+                    if total is None:
+                        progress(f"{setting}: {name} by the compiler for {device.device_kind} ...")
+                        start = time.perf_counter()
+                        total = resident + _compiled_bytes(programs[name](), device.platform)
+                        progress(f"  {total / 2**30:.2f} GiB, in {time.perf_counter() - start:.0f} s")
+                    compiled[f"compiled_{name}"] = total
+            sampling[rank] = compiled["compiled_rollout"]
+            compiled["compiled_for"] = f"TPU {compile_for}"
         yield Memory(setting, resident, **paper, **compiled)
 
 
