@@ -4,7 +4,7 @@ Both models draw every prompt from the same noise, with the steps, guidance and 
 paired. Means and 95 % confidence intervals (Student's t) treat prompts as the sample: images of a prompt are averaged
 first; with a single prompt, its images are the sample. A part of a reward that says nothing of a prompt leaves it out.
 
---prompts=training is the run's own source; novel the same source with split=novel; else a text file, one prompt a line.
+--prompts=training is the run's own source; novel the same source with split=novel, else a text file, one prompt a line.
 --rewards takes names with optional options in brackets: mini_verifier,'clip_score[scale=100]'; the run's if left out.
 
 Written to --out: evaluation.json, images.png (untrained above trained), chunks/. The same command goes on where it was
@@ -73,6 +73,8 @@ def find_prompts(config: ConfigDict, wanted: str, count: int | None, seed: int) 
             raise ValueError(f"--prompts: received 'novel'; {why}; give a text file")
         section = section.copy_and_resolve_references()
         section.split = "novel"
+        if "count" in section:  # of the prompts that are trained
+            section.count = 0
     source = make_prompts(section)
     number = count or (_lines(section.path) if section.name == "file" else 45)
     return list(dict(zip(*source(np.random.default_rng(seed), number), strict=True)).items())

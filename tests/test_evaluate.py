@@ -153,6 +153,11 @@ def test_prompts_are_the_runs_the_novel_ones_or_a_files(run, tmp_path):
     novel = dict(evaluate.find_prompts(animals, "novel", None, 0))
     assert len(novel) == 45 and novel["an elephant"] == {"animal": "elephant"}
     assert animals.prompts.split == "training"  # the run's config is left alone
+    few = config.copy_and_resolve_references()
+    evaluate.configs.choose(few, "prompts", "mini")
+    few.prompts.count = 2
+    assert len(evaluate.find_prompts(few, "training", None, 0)) == 2
+    assert len(evaluate.find_prompts(few, "novel", None, 0)) == 45  # to train on few says nothing of the others
 
 
 def test_rewards_are_named_with_options(run):
