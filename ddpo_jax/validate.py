@@ -10,7 +10,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from ddpo_jax import find
-from ddpo_jax.config import traits
+from ddpo_jax.config import is_miniature, traits
 from ddpo_jax.keys import get
 
 Rule = tuple[Callable[[Any], bool], str, str]  # (holds, the rule in words, a value that satisfies it)
@@ -227,6 +227,12 @@ def _model(config: ConfigDict) -> Iterator[str]:
     elif (config.model[0] in "/.~" or folder.is_dir()) and not (folder / "model_index.json").is_file():
         what = "has no model_index.json" if folder.is_dir() else "does not exist"
         yield f"model: received {config.model!r}; the folder {what}; give a diffusers folder, a hub id, or mini"
+    elif ":" not in (name := config.reward.name):
+        if getattr(find.find("rewards", name), "MINIATURE_ONLY", False) and not is_miniature(config.model):
+            yield (
+                f"reward.name: received {name!r}; it scores pictures of the miniature's world, which model="
+                f"{config.model!r} does not draw; use model=mini or another reward"
+            )
 
 
 def _used(config: ConfigDict, num_devices: int) -> int:

@@ -320,6 +320,12 @@ def test_every_rule_names_its_key_value_and_fix(key):
         (["sample.eta=0"], 1, "sample.eta", "no density"),
         (["sample.eta=1.5"], 1, "sample.eta", "use 1.0"),
         (["model=/nowhere/model"], 1, "model", "the folder does not exist"),
+        (
+            ["model=a/b", "reward.name=mini_verifier"],
+            1,
+            "reward.name",
+            "which model='a/b' does not draw; use model=mini",
+        ),
         (["algorithm.name=loop", "prompts.samples_per_prompt=1"], 1, "prompts.samples_per_prompt", "at least 2"),
         (["algorithm.name=loop", "train.batch_size=2"], 1, "train.batch_size", "use 4"),
         (["algorithm.name=ddpo_sf", "train.batch_size=64"], 1, "train.batch_size", "use train.batch_size=128"),

@@ -11,6 +11,7 @@ is deterministic, does not mutate its arguments, and scores every image on its o
 scores). The parts are logged as ``reward/<part>``; a part is NaN for the images it does not apply to, a score never is.
 
 A reward with networks declares ``AUTO = {key: (value with the miniature, value with any other model)}`` for the options
-whose default "auto" depends on the model; ``ddpo_jax.config.resolve`` fills them. The exact definition of a reward
+whose default "auto" depends on the model; ``ddpo_jax.config.resolve`` fills them. One that reads only the miniature's
+pictures declares ``MINIATURE_ONLY = True``; any other model is refused at the start. The exact definition of a reward
 (sign, scale, network, preprocessing) is in its module's docstring. Files with a leading underscore are shared helpers.
 """

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ddpo_jax.mini.verifier import Verifier
 from ddpo_jax.rewards import _clip
 
+MINIATURE_ONLY = True  # refused with any other model, before one is loaded
 CATEGORIES = ("color", "shape", "texture", "spatial", "numeracy")
 
 
