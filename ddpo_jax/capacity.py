@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import math
 import os
 import re
@@ -167,30 +166,28 @@ def memory(
       ValueError: there is no compiler for ``compile_for``.
     """
     device = None if compile_for == "none" else _device(compile_for)
-    sampling: dict[int, int] = {}  # by rank: what is rematerialised concerns the update alone
-    for rank, remat in itertools.product((config.train.lora_rank or 4, 0), REMAT):
-        config = config.copy_and_resolve_references()
-        config.train.lora_rank, config.train.remat = rank, remat
-        setting = f"{f'adapters of rank {rank}' if rank else 'whole UNet'}, remat {remat}"
-        progress(f"{setting}: on paper")
-        with compiling_for("gpu"):  # not the CPU's convolutions, and no kernel that hides what it takes
-            programs, resident = _programs(config, size, jax.devices()[0])
-            paper: dict[str, Any] = {name: resident + paper_bytes(traced()) for name, traced in programs.items()}
+    for rank in (config.train.lora_rank or 4, 0):
         compiled: dict[str, Any] = {}
-        if device is not None:
-            with compiling_for(device.platform) if compile_for in TOPOLOGIES else contextlib.nullcontext():
-                programs, _ = _programs(config, size, device)
-                for name in ("rollout", "update"):
-                    total = sampling.get(rank) if name == "rollout" else None
-                    if total is None:
+        for remat in REMAT:
+            config = config.copy_and_resolve_references()
+            config.train.lora_rank, config.train.remat = rank, remat
+            setting = f"{f'adapters of rank {rank}' if rank else 'whole UNet'}, remat {remat}"
+            progress(f"{setting}: on paper")
+            with compiling_for("gpu"):  # not the CPU's convolutions, and no kernel that hides what it takes
+                programs, resident = _programs(config, size, jax.devices()[0])
+                paper: dict[str, Any] = {name: resident + paper_bytes(traced()) for name, traced in programs.items()}
+            if device is not None:
+                names = ("update",) if compiled else ("rollout", "update")  # remat concerns the update alone
+                with compiling_for(device.platform) if compile_for in TOPOLOGIES else contextlib.nullcontext():
+                    programs, _ = _programs(config, size, device)
+                    for name in names:
                         progress(f"{setting}: {name} by the compiler for {device.device_kind} ...")
                         start = time.perf_counter()
                         total = resident + _compiled_bytes(programs[name](), device.platform)
                         progress(f"  {total / 2**30:.2f} GiB, in {time.perf_counter() - start:.0f} s")
-                    compiled[f"compiled_{name}"] = total
-            sampling[rank] = compiled["compiled_rollout"]
-            compiled["compiled_for"] = f"TPU {compile_for}"
-        yield Memory(setting, resident, **paper, **compiled)
+                        compiled[f"compiled_{name}"] = total
+                compiled["compiled_for"] = f"TPU {compile_for}"
+            yield Memory(setting, resident, **paper, **compiled)
 
 
 def _device(compile_for: str) -> Any:

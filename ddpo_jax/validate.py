@@ -104,7 +104,7 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     if not broken & {"sample.batch_size", "sample.num_batches_per_epoch", "prompts.samples_per_prompt",
                      "replay.k", "replay.history"}:  # fmt: skip
         faults += _replay(config, _used(config, num_devices))
-    faults += _model(config)
+    faults += list(_model(config)) or _reward(config)
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -227,12 +227,15 @@ def _model(config: ConfigDict) -> Iterator[str]:
     elif (config.model[0] in "/.~" or folder.is_dir()) and not (folder / "model_index.json").is_file():
         what = "has no model_index.json" if folder.is_dir() else "does not exist"
         yield f"model: received {config.model!r}; the folder {what}; give a diffusers folder, a hub id, or mini"
-    elif ":" not in (name := config.reward.name):
-        if getattr(find.find("rewards", name), "MINIATURE_ONLY", False) and not is_miniature(config.model):
-            yield (
-                f"reward.name: received {name!r}; it scores pictures of the miniature's world, which model="
-                f"{config.model!r} does not draw; use model=mini or another reward"
-            )
+
+
+def _reward(config: ConfigDict) -> Iterator[str]:
+    name = config.reward.name
+    if getattr(find.find("rewards", name), "MINIATURE_ONLY", False) and not is_miniature(config.model):
+        yield (
+            f"reward.name: received {name!r}; it scores pictures of the miniature's world, which model="
+            f"{config.model!r} does not draw; use model=mini or another reward"
+        )
 
 
 def _used(config: ConfigDict, num_devices: int) -> int:

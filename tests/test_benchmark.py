@@ -70,6 +70,17 @@ def test_memory_only_counts_what_is_resident_and_prints_a_table(sizes, capsys, m
     assert table[3].endswith("| yes | yes | yes | yes |")  # by its own compiler the last; 20 of 32 GiB the one before
 
 
+def test_memory_only_compiles_a_rollout_once_for_both_kinds_of_remat(sizes, capsys, monkeypatch):
+    monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(TINY, unet=tiny.SMALLEST_UNET))
+    made = iter(range(1, 100))
+    monkeypatch.setattr(capacity, "_compiled_bytes", lambda traced, platform: next(made) * 2**30)
+    monkeypatch.setattr(capacity, "paper_bytes", lambda traced: 0)
+    assert command(*FEW, "--memory-only", "--compile-for=here") == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    compiled = [int(row["value"]) for row in rows if ": compiled" in row["what"]]  # what is resident is not a GiB
+    assert compiled == [1, 2, 1, 3, 4, 5, 4, 6]  # rollout, update; with remat, without; adapters, whole UNet
+
+
 @pytest.mark.parametrize(
     "message, gib",
     [
