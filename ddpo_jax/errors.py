@@ -12,6 +12,13 @@ import signal as signals
 PACKAGE = pathlib.Path(__file__).resolve().parent
 
 
+class InputError(ValueError):
+    """The user's input is wrong. Its message has one line for each fault: key, value received, rule, fix; exit code 2.
+
+    Raised on purpose by this package alone; what a plug-in of the user's raises is wrapped in one at its boundary.
+    """
+
+
 class RunFailure(Exception):
     """A failure in mid-run, raised after the run was saved. Its message is one line; exit code 1."""
 
