@@ -1,15 +1,14 @@
-"""How a run may end other than well, and which exceptions are the user's fault rather than a defect of ours.
+"""How a run may end other than well.
 
-Exit codes: 2 for wrong input (a ``ValueError`` that this package raised), 1 for a failure, 128 + signal for a signal.
+Exit codes: 2 for wrong input (``InputError``), 1 for a failure (``RunFailure``), 128 + signal for a signal
+(``Interrupted``). Whatever else is raised is a defect of this package and keeps its traceback.
 """
 
 from __future__ import annotations
 
-import dis
-import pathlib
 import signal as signals
-
-PACKAGE = pathlib.Path(__file__).resolve().parent
+from collections.abc import Callable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -41,18 +40,29 @@ class Interrupted(Exception):
         return 128 + self.signum
 
 
-def raised_here(error: BaseException) -> bool:
-    """Whether a ``raise`` statement of this package raised ``error``: it then speaks to the user.
+def one_line(error: BaseException) -> str:
+    """The kind and the message of an exception on one line; an exception whose message cannot be shown is said so."""
+    try:
+        message = " ".join(str(error).split())
+    except Exception:  # the exception is the user's: its __str__ may raise too
+        message = "(its message cannot be shown)"
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
-    A ``ValueError`` that jax, numpy or the standard library raised is a defect and must keep its
-    traceback. The innermost frame alone does not tell: jax removes its own frames. The instruction does.
+
+def plug_in(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """``function(*args)`` of the user's own, called at the boundary.
+
+    Args:
+      name: what is called, for the message, such as ``reward.name=my_package.my_module: make()``.
+      function: may raise anything, ``SystemExit`` included.
+      args: of the function.
+
+    Raises:
+      InputError: the function's own ``InputError`` as it is; anything else it raised as one line under ``name``.
     """
-    traceback = error.__traceback__
-    if traceback is None:
-        return False
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    code = traceback.tb_frame.f_code
-    operation, arguments = code.co_code[traceback.tb_lasti : traceback.tb_lasti + 2]
-    raising = dis.opname[operation] == "RAISE_VARARGS" and arguments > 0  # 0: "raise" alone passes another's on
-    return raising and PACKAGE in pathlib.Path(code.co_filename).resolve().parents
+    try:
+        return function(*args)
+    except (InputError, Interrupted, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise InputError(f"{name} raised {one_line(error)}") from error

@@ -12,6 +12,8 @@ import pathlib
 import re
 from typing import Any
 
+from ddpo_jax.errors import InputError
+
 FAMILIES = ("algorithms", "weighting", "replay", "rewards", "prompts")
 _PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
@@ -20,10 +22,10 @@ def available(family: str) -> list[str]:
     """Names of the members of a family, sorted: its files that define ``default_config``. Others are shared helpers.
 
     Raises:
-      ValueError: the family does not exist.
+      InputError: the family does not exist.
     """
     if family not in FAMILIES:
-        raise ValueError(
+        raise InputError(
             f"there is no family '{family}'.{_hint(family, list(FAMILIES))} Families: {', '.join(FAMILIES)}"
         )
     # Read, not imported: listing the names must not load every member's dependencies.
@@ -42,15 +44,15 @@ def find(family: str, name: str) -> Any:
       The module; the function if ``name`` ends in ``:function``.
 
     Raises:
-      ValueError: in one line, what was asked for, why it cannot be had, and what there is.
+      InputError: in one line, what was asked for, why it cannot be had, and what there is.
     """
     if not isinstance(name, str):
-        raise ValueError(f"{family}: expected a name; received {name!r} ({type(name).__name__})")
+        raise InputError(f"{family}: expected a name; received {name!r} ({type(name).__name__})")
     if "." in name or ":" in name:
         return _own(family, name)
     names = available(family)
     if name not in names:
-        raise ValueError(
+        raise InputError(
             f"{family}: there is no '{name}'.{_hint(name, names)} Available: {', '.join(names)}; "
             "or your own as package.module"
         )
@@ -71,22 +73,22 @@ def _hint(name: str, names: list[str]) -> str:
 def _own(family: str, name: str) -> Any:
     path, colon, attribute = name.partition(":")
     if not _PATH.fullmatch(path) or (colon and not attribute.isidentifier()):
-        raise ValueError(f"{family}: '{name}' is not of the form package.module or package.module:function")
+        raise InputError(f"{family}: '{name}' is not of the form package.module or package.module:function")
     try:
         module = importlib.import_module(path)
     except Exception as error:  # the user's module may raise anything at import
-        raise ValueError(_broken(family, path, error)) from error
+        raise InputError(_broken(family, path, error)) from error
     if not colon:
         return module
     if not hasattr(module, attribute):
         functions = sorted(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise ValueError(
+        raise InputError(
             f"{family}: module '{path}' has no '{attribute}'.{_hint(attribute, functions)} "
             f"It defines: {', '.join(functions) or 'no function'}"
         )
     function = getattr(module, attribute)
     if not callable(function):
-        raise ValueError(f"{family}: '{name}' is a {type(function).__name__}; expected a function")
+        raise InputError(f"{family}: '{name}' is a {type(function).__name__}; expected a function")
     return function
 
 

@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ddpo_jax.errors import InputError
+
 BATCH_AXES = ("data", "fsdp")
 BATCH = P(BATCH_AXES)
 _MIN_SHARDED_SIZE = 2**14  # smaller arrays are not worth a gather
@@ -23,17 +25,17 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     """A mesh of ``data x fsdp`` devices; ``data = -1`` takes all devices there are.
 
     Raises:
-      ValueError: if the devices present do not fit the request.
+      InputError: if the devices present do not fit the request.
     """
     count = jax.device_count()
     if fsdp < 1 or (data != -1 and data < 1):
-        raise ValueError(
+        raise InputError(
             f"mesh: received data={data}, fsdp={fsdp}; sizes are positive (data may be -1: all devices); "
             "use data=-1, fsdp=1"
         )
     wanted = (count // fsdp if data == -1 else data) * fsdp
     if wanted > count or wanted == 0 or (data == -1 and count % fsdp):
-        raise ValueError(
+        raise InputError(
             f"mesh: received data={data}, fsdp={fsdp}; their product must be at most the {count} devices present "
             "and fsdp must divide them; use data=-1, fsdp=1"
         )

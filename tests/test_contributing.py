@@ -15,7 +15,8 @@ import pytest
 import tiny
 from PIL import Image
 
-from ddpo_jax import find, metrics
+from ddpo_jax import find
+from ddpo_jax.workdir import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RECIPE = re.compile(

@@ -15,7 +15,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpo_jax import config as configs
+from ddpo_jax.config import default_config
+from ddpo_jax.config.override import override
+from ddpo_jax.config.resolve import resolve
 from ddpo_jax.models import keys, pipeline
 from ddpo_jax.models.clip import CLIPText, CLIPTextConfig
 from ddpo_jax.models.tokenizer import train_bpe
@@ -137,9 +139,9 @@ def tiny_config(folder: pathlib.Path, **overrides: Any) -> ConfigDict:
       folder: of ``tiny_pipeline_folder``.
       overrides: dotted keys (``**{"train.lora_rank": 2}``); the name of a member brings the member's own keys.
     """
-    config = configs.default_config()
-    configs.override(config, [(key, str(value)) for key, value in (settings(folder) | overrides).items()])
-    return configs.resolve(config, jax.default_backend(), jax.device_count())
+    config = default_config()
+    override(config, [(key, str(value)) for key, value in (settings(folder) | overrides).items()])
+    return resolve(config, jax.default_backend(), jax.device_count())
 
 
 def settings(folder: pathlib.Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ miniature:  ...:model=mini (64 images in place of 256, in as many updates)
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.presets import choose_members, on_miniature, split
+from ddpo_jax.config.presets import choose_members, on_miniature, split
 
 
 def get_config(arg: str = "") -> ConfigDict:

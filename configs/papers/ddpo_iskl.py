@@ -15,7 +15,7 @@ here it is one.
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.presets import choose_members, on_miniature, split
+from ddpo_jax.config.presets import choose_members, on_miniature, split
 
 
 def get_config(arg: str = "") -> ConfigDict:

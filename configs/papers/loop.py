@@ -12,7 +12,7 @@ Made for 8 GPUs as in the paper.
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.presets import choose_members, on_miniature, split
+from ddpo_jax.config.presets import choose_members, on_miniature, split
 
 GROUPED = ("loop", "rloo", "grpo")
 ONE_UPDATE = ("reinforce", "reinforce_bc", "rloo", "ddpo_sf")  # the paper: samples "can only be used once"

@@ -13,7 +13,7 @@ the paper's text: those of 001, updates on all images, 4 times.
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.presets import choose_members, learning_rate, on_miniature, split
+from ddpo_jax.config.presets import choose_members, learning_rate, on_miniature, split
 
 
 def get_config(arg: str = "") -> ConfigDict:

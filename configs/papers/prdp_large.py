@@ -11,7 +11,7 @@ reward=weighted,reward.rewards='pickscore=10,hps=2,aesthetic=0.05'. For what the
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.presets import choose_members, learning_rate, on_miniature, split
+from ddpo_jax.config.presets import choose_members, learning_rate, on_miniature, split
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -12,7 +12,7 @@ Made for 4 GPUs as in the paper; on one, ``replay.k=16`` replays as many images 
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.presets import choose_members, on_miniature, split
+from ddpo_jax.config.presets import choose_members, on_miniature, split
 
 
 def get_config(arg: str = "") -> ConfigDict:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.ops import options, surrogate
 from ddpo_jax.ops.advantages import PromptStats
 from ddpo_jax.types import Batch, StepTerms, Traits
@@ -35,7 +36,7 @@ def traits(config: ConfigDict) -> Traits:
     """Branching rollout; the loss is separable."""
     options.check(config, positive=("clip_range", "start_fraction"), non_negative=("history",))
     if config.start_fraction > 1:
-        raise ValueError(options.fault(config, "start_fraction", "it must be at most 1 (all steps)", "0.7"))
+        raise InputError(options.fault(config, "start_fraction", "it must be at most 1 (all steps)", "0.7"))
     return Traits(terms=frozenset({"log_prob"}), branching=True)
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.ops import masked, options
 from ddpo_jax.ops.advantages import PromptStats, group_mean_baseline, require_groups
 from ddpo_jax.types import Batch, StepTerms, Traits
@@ -37,7 +38,7 @@ def traits(config: ConfigDict) -> Traits:
     """Coupled over the samples of a prompt. The reference is the pretrained model, so any sampler's pairs will do."""
     options.check(config, choices=CHOICES, positive=("beta", "clip_range"))
     if config.clip_range >= 1:
-        raise ValueError(options.fault(config, "clip_range", "it must be below 1 (a ratio is positive)", "0.1"))
+        raise InputError(options.fault(config, "clip_range", "it must be below 1 (a ratio is positive)", "0.1"))
     terms = frozenset({"log_prob", "ref_log_prob"})
     return Traits(terms, separable=False, group=True, standardized=False, shared_noise=True)
 

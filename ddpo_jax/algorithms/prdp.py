@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.ops import masked, options
 from ddpo_jax.ops.advantages import PromptStats, group_mean_baseline, require_groups
 from ddpo_jax.types import Batch, StepTerms, Traits
@@ -42,7 +43,7 @@ def traits(config: ConfigDict) -> Traits:
     options.check(config, choices=CHOICES, positive=("kl_coef",), non_negative=("refresh_every",))
     if config.proximal and config.refresh_every == 0:
         rule = "offline (refresh_every=0) the clip would hold the policy at the pretrained model"
-        raise ValueError(options.fault(config, "proximal", rule, "False"))
+        raise InputError(options.fault(config, "proximal", rule, "False"))
     terms = frozenset({"log_prob", "ref_log_prob"})
     return Traits(terms, separable=False, group=True, standardized=False, refresh_every=config.refresh_every)
 

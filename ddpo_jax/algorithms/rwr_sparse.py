@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.ops import options
 from ddpo_jax.ops.advantages import PromptStats
 from ddpo_jax.types import Batch, StepTerms, Traits
@@ -31,7 +32,7 @@ def traits(config: ConfigDict) -> Traits:
     """A regression: any sampler's data will do."""
     options.check(config, choices=CHOICES, non_negative=("refresh_every",))
     if config.threshold_by == "percentile" and not 0 <= config.threshold <= 100:
-        raise ValueError(options.fault(config, "threshold", "a percentile must be 0 to 100", "90.0"))
+        raise InputError(options.fault(config, "threshold", "a percentile must be 0 to 100", "90.0"))
     return Traits(terms=frozenset({"denoise_mse"}), standardized=False, refresh_every=config.refresh_every)
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from ddpo_jax.diffusion import ddim
 from ddpo_jax.diffusion.guidance import guided
 from ddpo_jax.diffusion.schedule import Schedule
+from ddpo_jax.errors import InputError
 from ddpo_jax.types import Params
 
 
@@ -48,7 +49,7 @@ class Policy:
         """The guided network output in float32."""
         bound = self.network
         if bound is None:
-            raise ValueError("policy: it has no network; call bind(network, frozen) first")
+            raise InputError("policy: it has no network; call bind(network, frozen) first")
 
         def network(*inputs: Array) -> Array:
             return bound(params, *inputs)

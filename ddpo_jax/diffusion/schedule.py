@@ -13,6 +13,8 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
+from ddpo_jax.errors import InputError
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 SPACINGS = ("leading", "trailing", "linspace")
@@ -47,7 +49,7 @@ def make(config: Mapping[str, Any], num_steps: int, eta: float) -> Schedule:
       eta: 0 is the deterministic DDIM, 1 the DDPM posterior (``variance_type = fixed_small``).
 
     Raises:
-      ValueError: for an option of the config that is not supported, or ``num_steps`` out of range.
+      InputError: for an option of the config that is not supported, or ``num_steps`` out of range.
     """
     kind = config["_class_name"] if "_class_name" in config else None  # they differ in what an absent key means
     options: dict[str, Any] = {
@@ -71,7 +73,7 @@ def make(config: Mapping[str, Any], num_steps: int, eta: float) -> Schedule:
         _choice(key, options[key], (False,))
     train_steps = options["num_train_timesteps"]
     if not 1 <= num_steps <= train_steps:
-        raise ValueError(
+        raise InputError(
             f"sample.num_steps: received {num_steps}; must be in 1..{train_steps}; choose a smaller number"
         )
 
@@ -98,7 +100,7 @@ def make(config: Mapping[str, Any], num_steps: int, eta: float) -> Schedule:
 
 def _choice(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
-        raise ValueError(
+        raise InputError(
             f"scheduler_config.json {key}: received {value!r}; must be one of {list(allowed)}; use a folder that has it"
         )
 
@@ -126,7 +128,7 @@ def _timesteps(num_steps: int, train_steps: int, spacing: str, offset: int) -> n
         steps = np.round(np.linspace(0, train_steps - 1, num_steps))[::-1]
     steps = steps.astype(np.int64)
     if steps.max() >= train_steps:
-        raise ValueError(
+        raise InputError(
             f"sample.num_steps: received {num_steps}; with steps_offset {offset} the first timestep would be "
             f"{steps.max()}, beyond the {train_steps} trained ones; choose a smaller number"
         )

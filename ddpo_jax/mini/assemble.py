@@ -11,12 +11,12 @@ from typing import Any
 
 from flax import nnx
 
-from ddpo_jax import weights
+from ddpo_jax.errors import InputError
 from ddpo_jax.mini import stages
 from ddpo_jax.mini.training import trained
 from ddpo_jax.mini.verifier import Verifier
 from ddpo_jax.mini.world import IMAGE_SIZE
-from ddpo_jax.models import keys, pipeline, preprocess
+from ddpo_jax.models import keys, pipeline, preprocess, weights
 from ddpo_jax.models.clip import CLIP, CLIPText
 from ddpo_jax.models.pipeline import Pipeline
 from ddpo_jax.models.vae import AutoencoderKL
@@ -61,7 +61,7 @@ def write(context: stages.Context, folder: Path) -> int:
     Verifier(trained(stages.verifier_stage(context), context.workdir, context.seed)).save(folder / "verifier")
     total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     if total > LARGEST:
-        raise ValueError(f"{folder}: the assets have {total} bytes, more than {LARGEST}; make the networks smaller")
+        raise InputError(f"{folder}: the assets have {total} bytes, more than {LARGEST}; make the networks smaller")
     return total
 
 

@@ -26,6 +26,8 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 
+from ddpo_jax.errors import InputError
+
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "black")
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring", "star", "crescent")
 TEXTURES = ("plain", "striped", "dotted")
@@ -71,7 +73,7 @@ def parse(caption: str) -> Spec:
     """The spec a caption describes; inverse of ``describe``.
 
     Raises:
-      ValueError: the caption is not a sentence of the grammar (see the module docstring).
+      InputError: the caption is not a sentence of the grammar (see the module docstring).
     """
     words = caption.split(" ")
     if words[0] in NUMBERS[1:]:
@@ -120,8 +122,8 @@ def _read_with_article(text: str, caption: str) -> Thing:
     return thing
 
 
-def _outside(caption: str, why: str) -> ValueError:
-    return ValueError(
+def _outside(caption: str, why: str) -> InputError:
+    return InputError(
         f"prompt: received {caption!r}, which the miniature's world cannot draw ({why}); write it like "
         "'a striped red circle', 'two blue stars' or 'a red circle left of a dotted blue square'"
     )
@@ -168,12 +170,12 @@ def prompts(category: str, split: str = "train") -> list[str]:
     T2I-CompBench.
 
     Raises:
-      ValueError: unknown category or split.
+      InputError: unknown category or split.
     """
     if category not in CATEGORIES:
-        raise ValueError(f"prompts.category: received {category!r}; it is one of {', '.join(CATEGORIES)}")
+        raise InputError(f"prompts.category: received {category!r}; it is one of {', '.join(CATEGORIES)}")
     if split not in SPLITS:
-        raise ValueError(f"prompts.split: received {split!r}; it is one of {', '.join(SPLITS)}")
+        raise InputError(f"prompts.split: received {split!r}; it is one of {', '.join(SPLITS)}")
     novel = split == "novel"
     chosen = [spec for spec in _category(category) if is_novel(spec) == novel]
     limit = 300 if novel else 700

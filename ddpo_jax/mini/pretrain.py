@@ -1,4 +1,4 @@
-"""Trains every network of the miniature and writes its assets: ``python -m ddpo_jax.mini.pretrain --workdir=DIR``.
+"""Trains every network of the miniature and writes its assets.
 
 A run that was stopped continues where it was. The stages read only each other's results in the work directory, so
 independent ones (verifier, clip, vae) may also run as separate processes with ``--stages``.
@@ -6,8 +6,6 @@ independent ones (verifier, clip, vae) may also run as separate processes with `
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.mini import assemble, quality, world
 from ddpo_jax.mini.sizes import SCALES
 from ddpo_jax.mini.stages import STAGES, Context
@@ -26,40 +25,16 @@ NEEDS = {"aesthetic": ("clip",), "unet": ("clip", "vae")}
 ASSETS = Path(__file__).parent / "assets"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m ddpo_jax.mini.pretrain", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--workdir", type=Path, default=Path("runs/pretrain"), help="checkpoints and pictures")
-    parser.add_argument("--stages", default="all", help=f"comma-separated, of {', '.join(ORDER)}; default all")
-    parser.add_argument("--scale", choices=sorted(SCALES), default="full", help="tiny is for a trial of a minute")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--assets", type=Path, help="folder to write; default: the package's own at full scale, else WORKDIR/assets"
-    )
-    parser.add_argument("--note", default="", help="a remark on this run, kept in the quality table")
-    options = parser.parse_args(arguments)
-    assets = options.assets or (ASSETS if options.scale == "full" else options.workdir / "assets")
-    try:
-        run(options.workdir, assets, options.stages, options.scale, options.seed, options.note)
-    except ValueError as error:
-        print(f"pretrain: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("pretrain: stopped; the same command continues at the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
-
-
 def run(workdir: Path, assets: Path, stages: str, scale: str, seed: int, note: str = "") -> None:
     """Runs the named stages in their order.
 
     Raises:
-      ValueError: an unknown stage, a missing result of an earlier one, or a work directory of other settings.
+      InputError: an unknown stage, a missing result of an earlier one, or a work directory of other settings.
     """
     names = list(ORDER) if stages == "all" else stages.split(",")
     for name in names:
         if name not in ORDER:
-            raise ValueError(f"--stages: received {name!r}; must be of {', '.join(ORDER)}; correct the name")
+            raise InputError(f"--stages: received {name!r}; must be of {', '.join(ORDER)}; correct the name")
     workdir.mkdir(parents=True, exist_ok=True)
     context = Context(workdir, seed, SCALES[scale])
     begun = time.monotonic()
@@ -88,7 +63,7 @@ def _train(context: Context, stage: Stage) -> None:
         return
     for needed in NEEDS.get(stage.name, ()):
         if not finished(STAGES[needed](context), context.workdir, context.seed):
-            raise ValueError(f"--stages: {stage.name} needs {needed} trained to its end; add {needed} to --stages")
+            raise InputError(f"--stages: {stage.name} needs {needed} trained to its end; add {needed} to --stages")
     watch: dict[str, Callable[[nnx.Module, int], None]] = {"vae": _vae_watch(context), "unet": _unet_watch(context)}
     begun = time.monotonic()
     train(stage, context.workdir, context.seed, on_checkpoint=watch.get(stage.name), log=_log)
@@ -141,7 +116,3 @@ def _unet_watch(context: Context) -> Callable[[nnx.Module, int], None]:
             quality.sheet(images, prompts, path, f"unet, step {step}")
 
     return watch
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -18,17 +18,17 @@ from flax import nnx
 from jaxtyping import UInt8
 from PIL import Image
 
-from ddpo_jax import grid, weights
 from ddpo_jax.diffusion import sampler, schedule
 from ddpo_jax.diffusion.policy import Policy
 from ddpo_jax.mini import grammar, rating, scoring, verifier, world
 from ddpo_jax.mini.assemble import write_json
 from ddpo_jax.mini.stages import clip_pixels, neighbor
-from ddpo_jax.models import keys, pipeline
+from ddpo_jax.models import keys, pipeline, weights
 from ddpo_jax.models.aesthetic_head import AestheticHead, AestheticHeadConfig, score
 from ddpo_jax.models.clip import CLIP, CLIPConfig, normalize
 from ddpo_jax.models.pipeline import Pipeline
 from ddpo_jax.models.tokenizer import Tokenizer
+from ddpo_jax.workdir import grid
 
 STEPS = 20
 MANY = 64  # pictures sampled or encoded at once

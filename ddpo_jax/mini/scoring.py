@@ -57,7 +57,7 @@ def questions(prompts: Sequence[str]) -> Questions:
     """Reads captions.
 
     Raises:
-      ValueError: a caption is outside the grammar of the world.
+      InputError: a caption is outside the grammar of the world.
     """
     specs = [world.parse(prompt) for prompt in prompts]
     things = [

@@ -25,6 +25,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from ddpo_jax.errors import InputError
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -89,7 +91,7 @@ def _unpack(tree: Any, arrays: Any, prefix: str, path: Path) -> Any:
     for i, leaf in enumerate(leaves):
         key = f"{prefix}{i:05d}"
         if key not in arrays or arrays[key].shape != jnp.shape(leaf):
-            raise ValueError(f"{path}: does not fit this network (at {key}); delete the file or use a new --workdir")
+            raise InputError(f"{path}: does not fit this network (at {key}); delete the file or use a new --workdir")
         loaded.append(jnp.asarray(arrays[key], leaf.dtype))
     return jax.tree.unflatten(structure, loaded)
 
@@ -98,7 +100,7 @@ def trained(stage: Stage, workdir: Path, seed: int) -> Any:  # the nnx.Module th
     """The stage's module with the parameters of its newest checkpoint (averaged ones if the stage averages)."""
     path = workdir / stage.name / "checkpoint.npz"
     if not path.exists():
-        raise ValueError(f"--stages: needs the stage {stage.name!r} first (no {path}); add it to --stages")
+        raise InputError(f"--stages: needs the stage {stage.name!r} first (no {path}); add it to --stages")
     graphdef, params = nnx.split(nnx.eval_shape(lambda: stage.init(nnx.Rngs(seed))))
     with np.load(path) as arrays:
         params = _unpack(params, arrays, "ema" if stage.ema_decay else "params", path)
@@ -122,7 +124,7 @@ def _check_signature(stage: Stage, record: Path, seed: int) -> None:
     changed = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
     if changed:
         detail = ", ".join(f"{key} was {was}, now {now}" for key, (was, now) in changed.items())
-        raise ValueError(
+        raise InputError(
             f"--workdir: {record.parent} was started with other settings ({detail}); use another --workdir or delete it"
         )
 

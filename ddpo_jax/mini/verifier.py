@@ -23,9 +23,10 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.mini import scoring, world
 from ddpo_jax.models.layers import Conv, GroupNorm
-from ddpo_jax.weights import read_safetensors, write_safetensors
+from ddpo_jax.models.weights import read_safetensors, write_safetensors
 
 CELL = 4
 GRID = world.IMAGE_SIZE // CELL
@@ -258,7 +259,7 @@ class Verifier:
         wrong = set(names) ^ set(tensors)
         wrong |= {k for k in set(names) & set(tensors) if flat[names[k]].shape != tensors[k].shape}
         if wrong:
-            raise ValueError(f"{folder / _WEIGHTS}: does not fit its {_CONFIG} at {', '.join(sorted(wrong))}")
+            raise InputError(f"{folder / _WEIGHTS}: does not fit its {_CONFIG} at {', '.join(sorted(wrong))}")
         leaves = [(path, flat[path].replace(jnp.asarray(tensors[name]))) for name, path in names.items()]
         return cls(nnx.merge(graphdef, nnx.from_flat_state(leaves)))
 
@@ -280,9 +281,9 @@ class Verifier:
         self, images: np.ndarray, prompts: Sequence[str]
     ) -> tuple[Float[np.ndarray, " N"], dict[str, Float[np.ndarray, " N"]]]:
         if images.dtype != np.uint8 or images.shape[1:] != (world.IMAGE_SIZE, world.IMAGE_SIZE, 3):
-            raise ValueError(f"verifier: received images {images.dtype}{images.shape}; it reads uint8 [N, 32, 32, 3]")
+            raise InputError(f"verifier: received images {images.dtype}{images.shape}; it reads uint8 [N, 32, 32, 3]")
         if len(images) != len(prompts):
-            raise ValueError(f"verifier: received {len(images)} images and {len(prompts)} prompts; give one for each")
+            raise InputError(f"verifier: received {len(images)} images and {len(prompts)} prompts; give one for each")
         if not len(images):
             return np.zeros(0, np.float32), {part: np.zeros(0, np.float32) for part in scoring.PARTS}
         asked = scoring.questions(prompts)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.types import AnyArray
 
 
@@ -28,7 +29,7 @@ class AestheticHeadConfig:
 
     def __post_init__(self) -> None:
         if len(self.widths) != 5 or self.widths[-1] != 1 or min(self.embed_dim, *self.widths) < 1:
-            raise ValueError(
+            raise InputError(
                 f"aesthetic head config: embed_dim={self.embed_dim}, widths={list(self.widths)}: "
                 "it has five layers, the last of width 1; see the config.json beside the published or embedded head"
             )
@@ -39,7 +40,7 @@ class AestheticHeadConfig:
         names = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(key for key in values if key not in names and not key.startswith("_"))
         if unknown:
-            raise ValueError(
+            raise InputError(
                 f"aesthetic head config: unknown {', '.join(unknown)}; it may hold {', '.join(sorted(names))}"
             )
         kept: dict[str, Any] = {key: value for key, value in values.items() if key in names}

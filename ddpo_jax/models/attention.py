@@ -21,6 +21,8 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ddpo_jax.errors import InputError
+
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "chunked", "flash_tpu")
 
 _SMALL = 1024 * 1024  # logits per head up to which holding them all is cheap: 32x32 pixels against themselves
@@ -52,7 +54,7 @@ def attention(
       implementation: one of ``IMPLEMENTATIONS``; "auto" chooses by device, dtype and sizes (see ``resolve``).
 
     Raises:
-      ValueError: the implementation is unknown or cannot compute this here.
+      InputError: the implementation is unknown or cannot compute this here.
     """
     sizes = (jnp.dtype(q.dtype).name, q.shape[-1], q.shape[1], k.shape[1])
     chosen = resolve(implementation, current_platform(), *sizes, masked=mask is not None)
@@ -113,10 +115,10 @@ def resolve(
       masked: a mask other than the causal one is given.
 
     Raises:
-      ValueError: unknown name, or not possible with these arguments.
+      InputError: unknown name, or not possible with these arguments.
     """
     if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
+        raise InputError(
             f"attention={implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}; choose one of them"
         )
     obstacles = {
@@ -125,7 +127,7 @@ def resolve(
     }
     if implementation != "auto":
         if obstacles.get(implementation):
-            raise ValueError(f"attention={implementation!r}: {obstacles[implementation]}; use auto")
+            raise InputError(f"attention={implementation!r}: {obstacles[implementation]}; use auto")
         return implementation
     if not obstacles["cudnn"] and q_len >= _CUDNN_QUERIES:
         return "cudnn"

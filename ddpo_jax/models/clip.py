@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ddpo_jax.errors import InputError
+
 # The eos id written by old configs; it was wrong, and transformers keeps the pooling rule that went with it.
 LEGACY_EOS_TOKEN_ID = 2
 
@@ -67,19 +69,19 @@ def _read(cls: type[C], values: Mapping[str, Any], where: str) -> C:
         if key in names or key in _IGNORED:
             continue
         if key not in _FIXED:
-            raise ValueError(f"{where}: option {key!r} (value {value!r}) is not supported; remove it from config.json")
+            raise InputError(f"{where}: option {key!r} (value {value!r}) is not supported; remove it from config.json")
         if value != _FIXED[key]:
-            raise ValueError(f"{where}: {key} = {value!r} is not supported; it must be {_FIXED[key]!r}")
+            raise InputError(f"{where}: {key} = {value!r} is not supported; it must be {_FIXED[key]!r}")
     return cls(**kept)
 
 
 def _check_tower(config: CLIPTextConfig | CLIPVisionConfig, where: str) -> None:
     if config.hidden_act not in _ACTIVATIONS:
-        raise ValueError(
+        raise InputError(
             f"{where}: hidden_act = {config.hidden_act!r} is not supported; it must be one of {sorted(_ACTIVATIONS)}"
         )
     if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
+        raise InputError(
             f"{where}: hidden_size = {config.hidden_size} must be a multiple of "
             f"num_attention_heads = {config.num_attention_heads}"
         )
@@ -127,7 +129,7 @@ class CLIPVisionConfig:
     def __post_init__(self) -> None:
         _check_tower(self, "vision encoder config")
         if self.image_size % self.patch_size:
-            raise ValueError(
+            raise InputError(
                 f"vision encoder config: image_size = {self.image_size} must be a multiple of "
                 f"patch_size = {self.patch_size}"
             )
@@ -266,7 +268,7 @@ class _TextTransformer(nnx.Module):
 
     def __call__(self, ids: Int[Array, "B L"]) -> CLIPTextOutput:
         if ids.shape[1] > self.max_length:
-            raise ValueError(
+            raise InputError(
                 f"token ids have length {ids.shape[1]}, more than max_position_embeddings {self.max_length}"
             )
         last, penultimate = self.encoder(self.embeddings(ids))
@@ -317,7 +319,7 @@ class _VisionTransformer(nnx.Module):
 
     def __call__(self, images: Float[Array, "B H W C"]) -> Float[Array, "B D"]:
         if images.shape[1:] != self.shape:
-            raise ValueError(f"CLIP images must be [B, {', '.join(map(str, self.shape))}]; received {images.shape}")
+            raise InputError(f"CLIP images must be [B, {', '.join(map(str, self.shape))}]; received {images.shape}")
         last, _ = self.encoder(self.pre_layrnorm(self.embeddings(images)))
         return self.post_layernorm(last[:, 0])
 

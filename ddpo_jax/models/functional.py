@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.types import Params
 
 
@@ -59,7 +60,7 @@ def put(module: nnx.Module, params: Mapping[str, Any]) -> None:
     """Gives every parameter of ``module`` the value of its name.
 
     Raises:
-      ValueError: names or shapes differ from the module's.
+      InputError: names or shapes differ from the module's.
     """
     paths = {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(nnx.state(module))}
     ours = {name: variable.get_value().shape for name, (_, variable) in paths.items()}
@@ -69,11 +70,11 @@ def put(module: nnx.Module, params: Mapping[str, Any]) -> None:
 
 
 def check_shapes(ours: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError that names parameters whose presence or shape differs."""
+    """Raises InputError that names parameters whose presence or shape differs."""
     wrong = sorted(name for name in ours.keys() | given.keys() if ours.get(name) != given.get(name))
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise ValueError(
+        raise InputError(
             f"parameters {', '.join(wrong[:3])}{more} are not those of the network; they must come from a run on the "
             "same model; give that model back"
         )

@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ddpo_jax import weights
+from ddpo_jax.errors import InputError
+from ddpo_jax.models import weights
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -133,7 +134,7 @@ def load(
       on_host: leave the parameters in host memory; a jitted call then copies them to the device for its own duration.
 
     Raises:
-      ValueError: missing, unexpected or wrongly shaped tensors, by name.
+      InputError: missing, unexpected or wrongly shaped tensors, by name.
     """
     model = abstract(cls, config, dtype=dtype)
     shapes = _shapes(model)
@@ -152,7 +153,7 @@ def load(
     nnx.update(model, nnx.from_flat_state(filled))
     rest = [x for x in jax.tree.leaves(nnx.state(model)) if isinstance(x, jax.ShapeDtypeStruct)]
     if rest:
-        raise ValueError(f"{cls.__name__}: {len(rest)} variables are not parameters and cannot be loaded")
+        raise InputError(f"{cls.__name__}: {len(rest)} variables are not parameters and cannot be loaded")
     return model
 
 

@@ -18,6 +18,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.models.attention import current_platform
 
 ConfigT = TypeVar("ConfigT")
@@ -46,7 +47,7 @@ def read_config(
       ignored: keys without effect on the computation. Keys that start with an underscore are metadata.
 
     Raises:
-      ValueError: naming every option that is unknown or has an unsupported value.
+      InputError: naming every option that is unknown or has an unsupported value.
     """
     faults = []
     found = raw.get("_class_name", class_name)
@@ -65,7 +66,7 @@ def read_config(
         elif not key.startswith("_") and key not in ignored:
             faults.append(f"{key}={value!r}: unknown option; use a Stable Diffusion 1.x or 2.x model")
     if faults:
-        raise ValueError(f"{class_name} config.json: " + "; ".join(faults))
+        raise InputError(f"{class_name} config.json: " + "; ".join(faults))
     return cls(**values)
 
 
@@ -74,9 +75,9 @@ def _to_tuple(value: Any) -> Any:
 
 
 def require(condition: bool, class_name: str, key: str, value: Any, rule: str) -> None:
-    """Raises the one-line ValueError of a bad option of ``config.json`` unless ``condition`` holds."""
+    """Raises the one-line InputError of a bad option of ``config.json`` unless ``condition`` holds."""
     if not condition:
-        raise ValueError(f"{class_name} config.json: {key}={value!r}: {rule}")
+        raise InputError(f"{class_name} config.json: {key}={value!r}: {rule}")
 
 
 # ---------------------------------------------------------------------------------------------------------- convolution
@@ -227,7 +228,7 @@ class GroupNorm(nnx.Module):
 
     def __init__(self, num_groups: int, num_features: int, *, epsilon: float, dtype: DTypeLike = jnp.float32):
         if num_features % num_groups:
-            raise ValueError(
+            raise InputError(
                 f"norm_num_groups={num_groups}: must divide the {num_features} channels; choose a divisor of them"
             )
         self.scale = nnx.Param(jnp.ones((num_features,), jnp.float32))

@@ -18,7 +18,8 @@ from flax import nnx
 from jaxtyping import Array, Float
 from safetensors import safe_open
 
-from ddpo_jax import weights
+from ddpo_jax.errors import InputError
+from ddpo_jax.models import weights
 
 DOWN, UP = "lora_down", "lora_up"  # names of A^T [in, r] and B^T [r, out]
 _PEFT = {DOWN: "lora_A.weight", UP: "lora_B.weight"}  # [r, in] and [out, r]
@@ -62,7 +63,7 @@ def add(module: nnx.Module, rank: int, targets: Sequence[str], rngs: nnx.Rngs, a
       The names adapted.
 
     Raises:
-      ValueError: nothing matches a target.
+      InputError: nothing matches a target.
     """
     found: list[tuple[str, Any, Any, nnx.Linear]] = []
     for path, node in nnx.iter_modules(module):
@@ -71,7 +72,7 @@ def add(module: nnx.Module, rank: int, targets: Sequence[str], rngs: nnx.Rngs, a
             found.append((name, path[:-1], path[-1], node))
     unmatched = [t for t in targets if not any(f".{name}".endswith(f".{t}") for name, *_ in found)]
     if unmatched:
-        raise ValueError(
+        raise InputError(
             f"train.lora_targets: received {list(targets)}; {unmatched} name no linear layer of the network; "
             "use names such as to_q, to_k, to_v, to_out.0"
         )
@@ -143,7 +144,7 @@ def load(path: str | os.PathLike[str], prefix: str = "unet") -> dict[str, np.nda
       The adapters' parameters by dotted name, float32, for a scale of 1: another scale is multiplied into B.
 
     Raises:
-      ValueError: the file holds anything but plain adapters of ``prefix``.
+      InputError: the file holds anything but plain adapters of ``prefix``.
     """
     tensors = weights.read_safetensors(path)
     with safe_open(path, "np") as file:
@@ -161,7 +162,7 @@ def load(path: str | os.PathLike[str], prefix: str = "unet") -> dict[str, np.nda
     layers = sorted({name.rpartition(".")[0] for name in params})
     unknown += [f"half of {layer}" for layer in layers if any(f"{layer}.{part}" not in params for part in _PEFT)]
     if unknown or not params:
-        raise ValueError(
+        raise InputError(
             f"{path}: received {', '.join(unknown[:3]) or 'no tensors'}; it must hold pairs of lora_A and lora_B of "
             f"linear layers of the {prefix}, of one scale; use a file of such"
         )

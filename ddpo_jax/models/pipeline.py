@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,22 +22,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
-import ddpo_jax
-from ddpo_jax import weights
-from ddpo_jax.models import keys
+from ddpo_jax.config.model import PINNED, local_folder
+from ddpo_jax.errors import InputError
+from ddpo_jax.models import keys, weights
 from ddpo_jax.models.clip import CLIPText, CLIPTextConfig
 from ddpo_jax.models.tokenizer import Tokenizer
 from ddpo_jax.models.unet import UNet2DCondition, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
 
-MINI = Path(ddpo_jax.__file__).parent / "mini" / "assets" / "stable-diffusion-mini"
-# Commits taken when the caller names none: a hub id alone may change under a run.
-REVISIONS = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
-    "stabilityai/stable-diffusion-2-1": "5cae40e6a2745ae2b01ad92ae5043f95f23644d6",
-}
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _MODULES = ("unet", "vae", "text_encoder")
 _CLASSES: dict[str, tuple[str, ...]] = {
     "unet": ("UNet2DConditionModel",),
@@ -97,7 +88,7 @@ class Pipeline:
         """Checks that the parts belong together.
 
         Raises:
-          ValueError: they do not; the message names the two numbers that differ.
+          InputError: they do not; the message names the two numbers that differ.
         """
         self.unet, self.vae, self.text_encoder, self.tokenizer = unet, vae, text_encoder, tokenizer
         self.configs = {name: dict(config) for name, config in configs.items()}
@@ -109,7 +100,7 @@ class Pipeline:
         _equal("unet in_channels", unet.config.in_channels, "vae latent_channels", vae.config.latent_channels)
         _equal("unet out_channels", unet.config.out_channels, "unet in_channels", unet.config.in_channels)
         if tokenizer.max_length > text.max_position_embeddings or tokenizer.vocab_size > text.vocab_size:
-            raise ValueError(
+            raise InputError(
                 f"the tokenizer gives {tokenizer.max_length} of {tokenizer.vocab_size} token ids, but the text encoder "
                 f"takes at most {text.max_position_embeddings} of {text.vocab_size}; use the tokenizer of this model"
             )
@@ -133,7 +124,7 @@ class Pipeline:
         """(h, w, c) of one sample."""
         size = self.unet.config.sample_size
         if size is None:
-            raise ValueError("unet/config.json has no sample_size, so the size of an image is unknown; add it")
+            raise InputError("unet/config.json has no sample_size, so the size of an image is unknown; add it")
         h, w = (size, size) if isinstance(size, int) else size
         return h, w, self.unet.config.in_channels
 
@@ -219,7 +210,7 @@ def load(
       frozen_on_host: keep the text encoder and the VAE in host memory, copied to the device while they run.
 
     Raises:
-      ValueError: no such folder, no access to the hub, unsupported or inconsistent parts, tensors that do not fit.
+      InputError: no such folder, no access to the hub, unsupported or inconsistent parts, tensors that do not fit.
     """
     folder, commit = _find(source, revision)
     index = _json(folder / "model_index.json")
@@ -250,7 +241,7 @@ def save(pipeline: Pipeline, folder: str | os.PathLike[str]) -> None:
     """Writes a diffusers folder that PyTorch diffusers and `load` read; existing files of the same names are replaced.
 
     Raises:
-      ValueError: a module holds parameters that its config does not describe (an adapter that was not merged).
+      InputError: a module holds parameters that its config does not describe (an adapter that was not merged).
     """
     folder = Path(folder)
     modules: dict[str, Any] = {"unet": pipeline.unet, "vae": pipeline.vae, "text_encoder": pipeline.text_encoder}
@@ -259,7 +250,7 @@ def save(pipeline: Pipeline, folder: str | os.PathLike[str]) -> None:
         wanted = keys.upstream_shapes(keys.abstract(type(module), module.config))
         if wanted != {key: value.shape for key, value in tensors[name].items()}:
             extra = sorted(set(tensors[name]) - set(wanted))[:3]
-            raise ValueError(f"{name}: parameters {extra} ... are not of the model; merge the adapter before saving")
+            raise InputError(f"{name}: parameters {extra} ... are not of the model; merge the adapter before saving")
     for name in modules:
         weights.write_safetensors(folder / name / f"{_STEMS[name]}.safetensors", tensors[name])
         config = dict(pipeline.configs[name])
@@ -270,7 +261,7 @@ def save(pipeline: Pipeline, folder: str | os.PathLike[str]) -> None:
         _write_json(folder / name / "config.json", config)
     scheduler = pipeline.scheduler_config
     if "_class_name" not in scheduler:
-        raise ValueError("scheduler config: _class_name is missing; diffusers needs it, for example 'DDIMScheduler'")
+        raise InputError("scheduler config: _class_name is missing; diffusers needs it, for example 'DDIMScheduler'")
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     pipeline.tokenizer.save(folder / "tokenizer")
     classes = {name: names[0] for name, names in _CLASSES.items()} | {"scheduler": scheduler["_class_name"]}
@@ -284,22 +275,9 @@ def save(pipeline: Pipeline, folder: str | os.PathLike[str]) -> None:
 
 
 def _find(source: str, revision: str | None) -> tuple[Path, str | None]:
-    if source == "mini":
-        if not MINI.is_dir():
-            raise ValueError(
-                f"model 'mini': the embedded miniature is not in this installation ({MINI.name}); "
-                "make it with `python -m ddpo_jax.mini.pretrain`, or install the package whole"
-            )
-        return MINI, None
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / "model_index.json").is_file():
-            raise ValueError(f"model {source!r}: no model_index.json in this folder; give a diffusers pipeline folder")
+    folder = local_folder(source)
+    if folder is not None:
         return folder, None
-    if not _HUB_ID.fullmatch(source):
-        raise ValueError(
-            f"model {source!r}: no such folder, and not a hub id (owner/name); give 'mini' or one of those"
-        )
     return _download(source, revision)
 
 
@@ -307,8 +285,8 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
     """The files of a hub repository that a pipeline needs, resumed and cached by huggingface_hub."""
     import huggingface_hub
 
-    if revision is None and repo in REVISIONS:
-        revision = REVISIONS[repo]
+    if revision is None and repo in PINNED:
+        revision, _ = PINNED[repo]
 
     def snapshot(patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
@@ -319,7 +297,7 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
             _download_weights(folder / name, _STEMS[name], snapshot)
     except Exception as error:  # the client and what it stands on raise many unrelated types
         cause = " ".join(str(error).split())[:200]
-        raise ValueError(
+        raise InputError(
             f"model {repo!r}: not a local folder, and the hub gave nothing ({type(error).__name__}: {cause}); "
             "check the name, the network and HF_HUB_OFFLINE, or give a local diffusers folder"
         ) from None
@@ -338,12 +316,12 @@ def _download_weights(folder: Path, stem: str, snapshot: Callable[[list[str]], A
         snapshot([f"{folder.name}/{name}"])
         if (folder / name).is_file():
             return
-    raise ValueError(f"{folder.name}/ holds no {stem}.safetensors")
+    raise InputError(f"{folder.name}/ holds no {stem}.safetensors")
 
 
 def _check_index(index: Mapping[str, Any], folder: Path) -> None:
     if index.get("_class_name") != "StableDiffusionPipeline":
-        raise ValueError(
+        raise InputError(
             f"{folder}: pipeline class {index.get('_class_name')!r} is not supported; "
             "it must be StableDiffusionPipeline"
         )
@@ -351,24 +329,24 @@ def _check_index(index: Mapping[str, Any], folder: Path) -> None:
         if name.startswith("_") or name in _UNUSED or name == "scheduler":
             continue
         if name not in _CLASSES or entry[1] not in _CLASSES[name]:
-            raise ValueError(f"{folder}: model_index.json: {name} = {entry!r} is not supported")
+            raise InputError(f"{folder}: model_index.json: {name} = {entry!r} is not supported")
     absent = [name for name in (*_CLASSES, "scheduler") if name not in index]
     if absent:
-        raise ValueError(f"{folder}: model_index.json: {', '.join(absent)} missing; give a whole diffusers folder")
+        raise InputError(f"{folder}: model_index.json: {', '.join(absent)} missing; give a whole diffusers folder")
 
 
 def _equal(name: str, value: int, other: str, wanted: int) -> None:
     if value != wanted:
-        raise ValueError(f"{name} = {value} must equal {other} = {wanted}; the parts belong to different models")
+        raise InputError(f"{name} = {value} must equal {other} = {wanted}; the parts belong to different models")
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; give a whole diffusers folder") from None
+        raise InputError(f"{path}: no such file; give a whole diffusers folder") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); download it again") from None
+        raise InputError(f"{path}: not valid JSON ({error}); download it again") from None
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

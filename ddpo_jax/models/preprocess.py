@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Real, UInt8
 
+from ddpo_jax.errors import InputError
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of every CLIP and BLIP reward
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 RESIZE_PATHS = ("pil", "float")
@@ -83,7 +85,7 @@ def center_crop(images: Array, size: int) -> Array:
     """The central ``size`` x ``size`` window of [N,H,W,C]; an odd margin leaves one pixel more below and right."""
     height, width = images.shape[1:3]
     if height < size or width < size:
-        raise ValueError(
+        raise InputError(
             f"center_crop: size={size} is larger than the image ({height}x{width}); resize the image first"
         )
     top, left = math.floor((height - size) / 2), math.floor((width - size) / 2)
@@ -115,9 +117,9 @@ def clip_pixels(
       std: per channel, of images in [0, 1].
     """
     if path not in RESIZE_PATHS:
-        raise ValueError(f"clip_pixels: path={path!r} is not one of {', '.join(RESIZE_PATHS)}")
+        raise InputError(f"clip_pixels: path={path!r} is not one of {', '.join(RESIZE_PATHS)}")
     if images.dtype != jnp.uint8:
-        raise ValueError(
+        raise InputError(
             f"clip_pixels: images are {images.dtype}; the processor takes uint8 in 0..255, round and cast them"
         )
     height, width = shortest_side(images.shape[1], images.shape[2], size)

@@ -17,6 +17,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from ddpo_jax.errors import InputError
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 # Words: contractions, runs of letters, single digits, runs of anything else (the pattern published with CLIP).
@@ -55,10 +57,10 @@ class Tokenizer:
           config: the folder's tokenizer_config.json, written back by `save`.
 
         Raises:
-          ValueError: a special token is not in the vocabulary, or `max_length` cannot hold start and end.
+          InputError: a special token is not in the vocabulary, or `max_length` cannot hold start and end.
         """
         if not 2 <= max_length <= _LONGEST:
-            raise ValueError(
+            raise InputError(
                 f"tokenizer: model_max_length = {max_length} must be in [2, {_LONGEST}]; Stable Diffusion's is 77"
             )
         self.special = {"unk_token": END, "bos_token": START, "eos_token": END, "pad_token": END, **(special or {})}
@@ -70,7 +72,7 @@ class Tokenizer:
         known = {token.content for token in added}
         for key, name in self.special.items():
             if name not in self._vocab and name not in known:
-                raise ValueError(f"tokenizer: {key} = {name!r} is not in the vocabulary")
+                raise InputError(f"tokenizer: {key} = {name!r} is not in the vocabulary")
         names = dict.fromkeys(self.special[key] for key in _SPECIAL)
         self._core.add_special_tokens([name for name in names if name not in known])
         for token in added:
@@ -95,7 +97,7 @@ class Tokenizer:
         """Reads `vocab.json` + `merges.txt`, or else `tokenizer.json`, and the special tokens and length beside them.
 
         Raises:
-          ValueError: files are missing, or the tokenizer is not a CLIP BPE.
+          InputError: files are missing, or the tokenizer is not a CLIP BPE.
         """
         folder = Path(path)
         config = _json(folder / "tokenizer_config.json")
@@ -107,11 +109,11 @@ class Tokenizer:
         elif whole:
             model = whole["model"]
             if model["type"] != "BPE" or model["end_of_word_suffix"] != END_OF_WORD:
-                raise ValueError(f"{folder / 'tokenizer.json'}: only a CLIP byte-level BPE tokenizer is supported")
+                raise InputError(f"{folder / 'tokenizer.json'}: only a CLIP byte-level BPE tokenizer is supported")
             vocab = model["vocab"]
             merges = [_pair(pair) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
         else:
-            raise ValueError(f"{folder}: no tokenizer here; expected tokenizer.json, or vocab.json and merges.txt")
+            raise InputError(f"{folder}: no tokenizer here; expected tokenizer.json, or vocab.json and merges.txt")
         special = {key: _text(config[key]) for key in _SPECIAL if key in config and config[key] is not None}
         if "added_tokens_decoder" not in config:  # the older layout, in which this file has the last word
             overrides = _json(folder / "special_tokens_map.json")
@@ -167,12 +169,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int, out_folder: str | os.PathLi
       max_length: row length, start and end tokens included.
 
     Raises:
-      ValueError: `vocab_size` < 514.
+      InputError: `vocab_size` < 514.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     base = alphabet + [letter + END_OF_WORD for letter in alphabet]
     if vocab_size < len(base) + 2:
-        raise ValueError(f"vocab_size = {vocab_size} must be at least {len(base) + 2}: all bytes, and start and end")
+        raise InputError(f"vocab_size = {vocab_size} must be at least {len(base) + 2}: all bytes, and start and end")
     reader = _core({token: i for i, token in enumerate([*base, END])}, [], END)
     counts: collections.Counter[str] = collections.Counter()
     for text in texts:

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.models.layers import Conv, GroupNorm, Linear, read_config, require, timestep_embedding
 from ddpo_jax.models.unet_blocks import BlockSpec, DownBlock, MidBlock, Options, UpBlock
 
@@ -106,7 +107,7 @@ class UNetConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> UNetConfig:
-        """Reads the content of ``unet/config.json``; raises ValueError naming every unsupported option."""
+        """Reads the content of ``unet/config.json``; raises InputError naming every unsupported option."""
         return read_config(cls, raw, class_name=_CLASS, fixed=_FIXED, ignored=_IGNORED)
 
     @property
@@ -205,16 +206,16 @@ class UNet2DCondition(nnx.Module):
           context: text embeddings.
 
         Raises:
-          ValueError: height or width is no multiple of ``config.factor``, or ``remat`` is unknown.
+          InputError: height or width is no multiple of ``config.factor``, or ``remat`` is unknown.
         """
         config, factor = self.config, self.config.factor
         if latents.shape[1] % factor or latents.shape[2] % factor:
-            raise ValueError(
+            raise InputError(
                 f"latents={latents.shape[1]}x{latents.shape[2]}: height and width must be multiples of {factor}; "
                 "choose another image size"
             )
         if self.remat not in REMAT:
-            raise ValueError(f"remat={self.remat!r}: must be one of {', '.join(REMAT)}; choose one of them")
+            raise InputError(f"remat={self.remat!r}: must be one of {', '.join(REMAT)}; choose one of them")
         options = Options(attention=self.attention, remat=self.remat == "block")
 
         sinusoids = timestep_embedding(

@@ -12,6 +12,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.models.attention import attention
 from ddpo_jax.models.layers import (
     Conv,
@@ -69,7 +70,7 @@ class VAEConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> VAEConfig:
-        """Reads the content of ``vae/config.json``; raises ValueError naming every unsupported option."""
+        """Reads the content of ``vae/config.json``; raises InputError naming every unsupported option."""
         return read_config(cls, raw, class_name=_CLASS, fixed=_FIXED, ignored=_IGNORED)
 
     @property
@@ -215,11 +216,11 @@ class AutoencoderKL(nnx.Module):
         """Mean and log-variance of the latents of images in [-1, 1], float32.
 
         Raises:
-          ValueError: height or width is no multiple of ``config.factor``.
+          InputError: height or width is no multiple of ``config.factor``.
         """
         factor = self.config.factor
         if images.shape[1] % factor or images.shape[2] % factor:
-            raise ValueError(
+            raise InputError(
                 f"images={images.shape[1]}x{images.shape[2]}: height and width must be multiples of {factor}; "
                 "resize or crop them"
             )
@@ -242,12 +243,12 @@ class AutoencoderKL(nnx.Module):
             image, so the result differs slightly.
 
         Raises:
-          ValueError: ``slice_size`` is below 1 or ``tile_size`` below 4.
+          InputError: ``slice_size`` is below 1 or ``tile_size`` below 4.
         """
         if tile_size is not None and tile_size < 4:
-            raise ValueError(f"tile_size={tile_size}: must be at least 4; use None to decode whole images")
+            raise InputError(f"tile_size={tile_size}: must be at least 4; use None to decode whole images")
         if slice_size is not None and slice_size < 1:
-            raise ValueError(f"slice_size={slice_size}: must be at least 1; use None to decode all at once")
+            raise InputError(f"slice_size={slice_size}: must be at least 1; use None to decode all at once")
 
         def decode(latents: Array) -> Array:
             return self._decode(latents) if tile_size is None else self._decode_tiles(latents, tile_size)

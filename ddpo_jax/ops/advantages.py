@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from ddpo_jax.errors import InputError
+
 Rewards = np.ndarray  # f64[N]
 PromptIds = np.ndarray  # i64[N]
 
@@ -30,10 +32,10 @@ def group_statistics(rewards: Rewards, prompt_ids: PromptIds) -> tuple[np.ndarra
 
 
 def require_groups(prompt_ids: PromptIds, algorithm: str) -> None:
-    """Raise ValueError if a prompt has a single sample, which leaves a group baseline or a pair undefined."""
+    """Raise InputError if a prompt has a single sample, which leaves a group baseline or a pair undefined."""
     ids, count = np.unique(np.asarray(prompt_ids), return_counts=True)
     if count.size and count.min() < 2:
-        raise ValueError(
+        raise InputError(
             f"prompts.samples_per_prompt: received 1 sample of prompt id {ids[count.argmin()]}; {algorithm} compares "
             "samples of the same prompt, which takes at least 2; use 4"
         )
@@ -92,7 +94,7 @@ class PromptStats:
         """
         rewards = np.asarray(rewards, np.float64)
         if not np.all(np.isfinite(rewards)):
-            raise ValueError(f"{int((~np.isfinite(rewards)).sum())} of {rewards.size} rewards are not finite")
+            raise InputError(f"{int((~np.isfinite(rewards)).sum())} of {rewards.size} rewards are not finite")
         self._updates += 1
         for prompt, reward in zip(np.asarray(prompt_ids).tolist(), rewards.tolist(), strict=True):
             self._rewards.setdefault(prompt, []).append(reward)

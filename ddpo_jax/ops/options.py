@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ddpo_jax.errors import InputError
+
 
 def check(
     config: Mapping[str, Any],
@@ -13,7 +15,7 @@ def check(
     positive: Sequence[str] = (),
     non_negative: Sequence[str] = (),
 ) -> None:
-    """Raise one ValueError with a line for every option outside its rule.
+    """Raise one InputError with a line for every option outside its rule.
 
     Args:
       config: the algorithm's options.
@@ -29,7 +31,7 @@ def check(
     faults += [fault(config, key, "it must be above 0", "the default") for key in positive if not config[key] > 0]
     faults += [fault(config, key, "it must be 0 or above", "0") for key in non_negative if not config[key] >= 0]
     if faults:
-        raise ValueError("\n".join(faults))
+        raise InputError("\n".join(faults))
 
 
 def fault(config: Mapping[str, Any], key: str, rule: str, use: str) -> str:

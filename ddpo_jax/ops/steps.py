@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from ddpo_jax.errors import InputError
+
 
 def normalise(weights: Float[np.ndarray, "N T"], trained: Bool[np.ndarray, " T"]) -> Float[np.ndarray, "N T"]:
     """Timestep weights with mean 1 over the trained steps of every trajectory, 0 elsewhere.
@@ -12,12 +14,12 @@ def normalise(weights: Float[np.ndarray, "N T"], trained: Bool[np.ndarray, " T"]
     The scale of a weighting scheme then never changes the learning rate (selective timestep weighting, section 4.1).
 
     Raises:
-      ValueError: if a trajectory's weights are negative, not finite or all zero.
+      InputError: if a trajectory's weights are negative, not finite or all zero.
     """
     weights = np.where(trained, np.asarray(weights, np.float64), 0.0)
     total = weights.sum(axis=1, keepdims=True)
     if not np.isfinite(weights).all() or (weights < 0).any() or (total <= 0).any():
-        raise ValueError(
+        raise InputError(
             "weighting: received weights that are negative, not finite or zero for a whole trajectory; "
             "must be >= 0 with a positive sum; use another weighting.name"
         )

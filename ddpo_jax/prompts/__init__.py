@@ -3,7 +3,7 @@
 A source defines::
 
     def default_config() -> ConfigDict                    # the options of this source, every key commented
-    def make(config) -> fn                                # raises ValueError if the prompts cannot be had
+    def make(config) -> fn                                # raises InputError if the prompts cannot be had
     fn(rng: np.random.Generator, n: int) -> (prompts list[str] of length n, metadata list[dict] of length n)
 
 ``fn`` keeps no state between calls: what it returns follows from ``rng`` alone, so a run resumes exactly. Each of the n
@@ -20,32 +20,31 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpo_jax.find import find
+from ddpo_jax import errors
+from ddpo_jax.errors import InputError
 
 PromptFn = Callable[[np.random.Generator, int], tuple[list[str], list[dict[str, Any]]]]
 
 
-def make_prompts(config: ConfigDict) -> PromptFn:
+def make_prompts(config: ConfigDict, member: Any) -> PromptFn:
     """The source that ``config`` (the ``prompts`` section) describes; what it returns is checked on every call.
 
+    ``member`` is what ``find`` gives for ``config.name``.
+
     Raises:
-      ValueError: there is no such source, or its prompts cannot be had. The function that is returned raises it as
+      InputError: there is no such source, or its prompts cannot be had. The function that is returned raises it as
         well, in one line, when the source fails or returns something else than n prompts.
     """
-    found = find("prompts", config.name)
     name = f"prompts.name: received {config.name!r}"
     if ":" in config.name:
-        source = found
-    elif callable(getattr(found, "make", None)):
-        source = found.make(config)
+        source = member
+    elif callable(getattr(member, "make", None)):
+        source = errors.plug_in(f"prompts.name={config.name}: make()", member.make, config)
     else:
-        raise ValueError(f"{name}; the module has no function make(config); add one, or write {config.name}:function")
+        raise InputError(f"{name}; the module has no function make(config); add one, or write {config.name}:function")
 
     def checked(rng: np.random.Generator, n: int) -> tuple[list[str], list[dict[str, Any]]]:
-        try:
-            drawn = source(rng, n)
-        except Exception as error:  # the function may be the user's: it may raise anything
-            raise ValueError(f"{name}; it raised {type(error).__name__}: {' '.join(str(error).split())}") from error
+        drawn = errors.plug_in(f"prompts.name={config.name}:", source, rng, n)
         prompts, metadata = drawn if isinstance(drawn, tuple) and len(drawn) == 2 else (drawn, None)
         prompts = _strings(name, prompts, n)
         if metadata is None:
@@ -64,12 +63,12 @@ def draw(rng: np.random.Generator, size: int, n: int) -> np.ndarray:
 def _strings(name: str, prompts: Any, n: int) -> list[str]:
     rule = f"called with (rng, {n}) it must return {n} strings, or ({n} strings, {n} dictionaries)"
     if isinstance(prompts, str) or not isinstance(prompts, Sequence | np.ndarray):
-        raise ValueError(f"{name}; it returned a {type(prompts).__name__}; {rule}")
+        raise InputError(f"{name}; it returned a {type(prompts).__name__}; {rule}")
     if len(prompts) != n:
-        raise ValueError(f"{name}; it returned {len(prompts)} prompts; {rule}")
+        raise InputError(f"{name}; it returned {len(prompts)} prompts; {rule}")
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
-            raise ValueError(f"{name}; prompt {index} is {prompt!r} ({type(prompt).__name__}); {rule}")
+            raise InputError(f"{name}; prompt {index} is {prompt!r} ({type(prompt).__name__}); {rule}")
     return [str(prompt) for prompt in prompts]
 
 
@@ -77,5 +76,5 @@ def _dictionaries(name: str, metadata: Any, n: int) -> list[dict[str, Any]]:
     right = isinstance(metadata, Sequence) and len(metadata) == n and all(isinstance(item, dict) for item in metadata)
     if not right:
         what = f"{len(metadata)} items" if isinstance(metadata, Sequence) else f"a {type(metadata).__name__}"
-        raise ValueError(f"{name}; its metadata is {what}; it must be {n} dictionaries, one for each prompt")
+        raise InputError(f"{name}; its metadata is {what}; it must be {n} dictionaries, one for each prompt")
     return list(metadata)

@@ -10,6 +10,7 @@ from importlib import resources
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.prompts import PromptFn, draw
 
 FILES = {"training": "animals.txt", "novel": "animals_novel.txt"}
@@ -41,12 +42,12 @@ def make(config: ConfigDict) -> PromptFn:
     """Draws animals; metadata ``{"animal": noun}``.
 
     Raises:
-      ValueError: an unknown split, or a template without ``{animal}``.
+      InputError: an unknown split, or a template without ``{animal}``.
     """
     if config.split not in FILES:
-        raise ValueError(f"prompts.split: received {config.split!r}; it must be one of training, novel; use training")
+        raise InputError(f"prompts.split: received {config.split!r}; it must be one of training, novel; use training")
     if "{animal}" not in config.template:
-        raise ValueError(
+        raise InputError(
             f"prompts.template: received {config.template!r}; it must contain {{animal}}; "
             "use 'A painting of a {animal}'"
         )

@@ -7,6 +7,7 @@ import pathlib
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.prompts import PromptFn, draw
 
 
@@ -24,27 +25,27 @@ def read(path: str) -> list[str]:
     """The non-empty lines of a file, stripped.
 
     Raises:
-      ValueError: in one line, why there are none.
+      InputError: in one line, why there are none.
     """
     fault = f"prompts.path: received {path!r}; "
     if not path:
-        raise ValueError(f"{fault}prompts.name=file needs a text file with one prompt a line; write prompts.path=FILE")
+        raise InputError(f"{fault}prompts.name=file needs a text file with one prompt a line; write prompts.path=FILE")
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(f"{fault}{'it is a folder' if file.is_dir() else 'there is no such file'}; give a text file")
+        raise InputError(f"{fault}{'it is a folder' if file.is_dir() else 'there is no such file'}; give a text file")
     try:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{fault}byte {error.start} is not UTF-8 text; save the file as UTF-8") from error
+        raise InputError(f"{fault}byte {error.start} is not UTF-8 text; save the file as UTF-8") from error
     except OSError as error:
-        raise ValueError(f"{fault}it cannot be read: {error.strerror}; give a file you can read") from error
+        raise InputError(f"{fault}it cannot be read: {error.strerror}; give a file you can read") from error
     lines = [line.strip() for line in text.splitlines()]
     for number, line in enumerate(lines, 1):
         if "\0" in line:
-            raise ValueError(f"{fault}line {number} has a zero byte, so this is no text; save the file as UTF-8")
+            raise InputError(f"{fault}line {number} has a zero byte, so this is no text; save the file as UTF-8")
     lines = [line for line in lines if line]
     if not lines:
-        raise ValueError(f"{fault}the file has no prompts; write one a line")
+        raise InputError(f"{fault}the file has no prompts; write one a line")
     return lines
 
 

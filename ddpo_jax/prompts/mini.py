@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.mini import world
 from ddpo_jax.prompts import PromptFn, draw
 
@@ -30,7 +31,7 @@ def prompts(split: str, category: str, count: int = 0) -> Sequence[str]:
     """The prompts of a set, or ``count`` of them that are spread over it by a fixed shuffle.
 
     Raises:
-      ValueError: one line for each option that names no set.
+      InputError: one line for each option that names no set.
     """
     faults = []
     if split not in SPLITS:
@@ -42,7 +43,7 @@ def prompts(split: str, category: str, count: int = 0) -> Sequence[str]:
     if count < 0:
         faults.append(f"prompts.count: received {count}; it must be a whole number >= 0; use 0 for all")
     if faults:
-        raise ValueError("\n".join(faults))
+        raise InputError("\n".join(faults))
     found: Sequence[str]
     if category != "all":
         found = world.prompts(category, SPLITS[split])
@@ -50,7 +51,7 @@ def prompts(split: str, category: str, count: int = 0) -> Sequence[str]:
         sets = {"training": world.training_prompts, "novel": world.novel_prompts, "large": world.large_prompts}
         found = sets[split]()
     if count > len(found):
-        raise ValueError(f"prompts.count: received {count}; the set has {len(found)} prompts; use at most that")
+        raise InputError(f"prompts.count: received {count}; the set has {len(found)} prompts; use at most that")
     if count:
         found = [found[int(index)] for index in np.random.default_rng(0).permutation(len(found))[:count]]
     return found

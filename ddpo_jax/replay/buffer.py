@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.types import Samples
 
 SOURCES = ("past", "current", "nothing")
@@ -33,11 +34,11 @@ class Buffer:
         num_devices: of the run; ``k`` samples come back for each.
 
         Raises:
-          ValueError: the rule's ``SOURCE`` is missing or unknown.
+          InputError: the rule's ``SOURCE`` is missing or unknown.
         """
         self._source = getattr(rule, "SOURCE", None)
         if self._source not in SOURCES:
-            raise ValueError(
+            raise InputError(
                 f"replay.name: received {config.name!r}, whose SOURCE is {self._source!r}; "
                 f"it must be one of {', '.join(SOURCES)}; add a line SOURCE = 'past' to the module"
             )
@@ -66,7 +67,7 @@ class Buffer:
           The samples, or None where there are not that many (the first epoch).
 
         Raises:
-          ValueError: the rule's priorities are not N numbers, or the groups do not fit ``k``.
+          InputError: the rule's priorities are not N numbers, or the groups do not fit ``k``.
         """
         if self._source == "nothing":
             return None
@@ -117,7 +118,7 @@ class Buffer:
         priority = np.asarray(given, np.float64)
         if priority.shape != age.shape or np.isnan(priority).any():
             what = f"shape {list(priority.shape)}" if priority.shape != age.shape else "NaN"
-            raise ValueError(
+            raise InputError(
                 f"replay.name: received {self._config.name!r}, whose priority() returned {what}; "
                 f"it must return {len(age)} numbers, one per sample; correct the module"
             )
@@ -127,7 +128,7 @@ class Buffer:
         """Indices of the samples, group by group, in descending order of each group's best priority."""
         _, group, sizes = np.unique(group_ids, return_inverse=True, return_counts=True)
         if (sizes != sizes[0]).any() or self._count % sizes[0]:
-            raise ValueError(
+            raise InputError(
                 f"replay.k: received {self._config.k}, {self._count} samples over all devices; it must come out in "
                 f"whole groups of {sizes.max()} samples of a prompt; use a multiple of {sizes.max()}"
             )

@@ -3,7 +3,7 @@
 A reward module defines::
 
     def default_config() -> ConfigDict                    # the reward's options, every key commented
-    def make(config) -> fn                                # loads what it needs; ValueError if that is missing
+    def make(config) -> fn                                # loads what it needs; InputError if that is missing
     fn(images u8[N,H,W,3], prompts list[str], metadata list[dict]) -> (f32[N], dict[str, f32[N]])
 
 Higher is better. ``fn`` runs on a host thread while the device samples the next batch: it keeps no state between calls,

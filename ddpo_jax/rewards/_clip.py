@@ -17,8 +17,8 @@ from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
 import ddpo_jax
-from ddpo_jax import weights
-from ddpo_jax.models import clip, keys, preprocess
+from ddpo_jax.errors import InputError
+from ddpo_jax.models import clip, keys, preprocess, weights
 
 ASSETS = Path(ddpo_jax.__file__).parent / "mini" / "assets"
 B32, L14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
@@ -40,11 +40,11 @@ def embedded(name: str, key: str, value: str) -> Path:
       key: the config key that asked for it, for the message.
       value: what that key holds.
     Raises:
-      ValueError: it is not there.
+      InputError: it is not there.
     """
     folder = ASSETS / name
     if not folder.is_dir():
-        raise ValueError(
+        raise InputError(
             f"{key}={value!r}: the miniature's {name!r} weights are not in this installation ({folder}); "
             "make them with python -m ddpo_jax.mini.pretrain, or install a released version"
         )
@@ -59,7 +59,7 @@ def chosen_folder(config: ConfigDict, default: str) -> Path:
       default: hub id of all other ``weights``.
 
     Raises:
-      ValueError: as ``embedded`` and ``clip_folder``.
+      InputError: as ``embedded`` and ``clip_folder``.
     """
     if not config.clip and config.weights == "mini":
         return embedded("clip", "reward.weights", "mini")
@@ -70,17 +70,17 @@ def clip_folder(source: str, key: str) -> Path:
     """A CLIP folder: a local one, or that of a hub id, which is downloaded once.
 
     Raises:
-      ValueError: it is neither, or it cannot be downloaded.
+      InputError: it is neither, or it cannot be downloaded.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise ValueError(
+            raise InputError(
                 f"{key}={source!r}: no config.json there; give a folder that CLIPModel.save_pretrained wrote"
             )
         return folder
     if not _HUB_ID.fullmatch(source) or source.startswith("."):
-        raise ValueError(f"{key}={source!r}: no such folder; give a CLIP folder or a hub id such as {B32}")
+        raise InputError(f"{key}={source!r}: no such folder; give a CLIP folder or a hub id such as {B32}")
     import huggingface_hub
 
     try:
@@ -92,11 +92,11 @@ def clip_folder(source: str, key: str) -> Path:
                 return folder
     except Exception as error:  # no network, no such repository, no access: the hub's client has many errors
         cause = " ".join(str(error).split())
-        raise ValueError(
+        raise InputError(
             f"{key}={source!r}: no such folder, and the hub does not give it ({type(error).__name__}: {cause[:300]}); "
             "give a local CLIP folder, or download it where there is a network"
         ) from error
-    raise ValueError(f"{key}={source!r}: the repository holds none of {', '.join(_WEIGHTS)}; convert the model first")
+    raise InputError(f"{key}={source!r}: the repository holds none of {', '.join(_WEIGHTS)}; convert the model first")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Processor:
         """Reads preprocessor_config.json; a folder without one means CLIP's own constants.
 
         Raises:
-          ValueError: it asks for anything but shortest side, bicubic, centre crop to ``image_size``, normalise.
+          InputError: it asks for anything but shortest side, bicubic, centre crop to ``image_size``, normalise.
         """
         file = folder / "preprocessor_config.json"
         if not file.is_file():
@@ -126,7 +126,7 @@ class Processor:
         }
         for key, allowed in wanted.items():
             if key in values and values[key] not in allowed:
-                raise ValueError(f"{file}: {key} = {values[key]!r} is not supported; it must be {allowed[0]!r}")
+                raise InputError(f"{file}: {key} = {values[key]!r} is not supported; it must be {allowed[0]!r}")
         mean, std = (
             tuple(values.get(key, default)) for key, default in (("image_mean", cls.mean), ("image_std", cls.std))
         )
@@ -172,7 +172,7 @@ def in_batches(
       rows [N, ...] to f32[N, ...], of any N > 0; another N does not compile again.
     """
     if batch_size < 1:
-        raise ValueError(f"reward.batch_size={batch_size} must be at least 1")
+        raise InputError(f"reward.batch_size={batch_size} must be at least 1")
     graphdef, state = nnx.split(model)
 
     @jax.jit

@@ -18,8 +18,8 @@ from flax import nnx
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from ddpo_jax import weights
-from ddpo_jax.models import aesthetic_head, keys
+from ddpo_jax.errors import InputError
+from ddpo_jax.models import aesthetic_head, keys, weights
 from ddpo_jax.models.clip import CLIPVisionProjected
 from ddpo_jax.rewards import _clip
 
@@ -45,10 +45,10 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
     """The reward; no parts.
 
     Raises:
-      ValueError: weights are missing or do not fit together.
+      InputError: weights are missing or do not fit together.
     """
     if config.weights not in AUTO["weights"]:
-        raise ValueError(
+        raise InputError(
             f"reward.weights={config.weights!r}: must be {' or '.join(AUTO['weights'])}; auto follows the model"
         )
     head_file = _head_file(config)  # looked for first: the CLIP may have to be downloaded
@@ -72,7 +72,7 @@ def _head_file(config: ConfigDict) -> Path:
         return _clip.embedded("aesthetic", "reward.weights", "mini") / "head.safetensors"
     path = Path(config.head).expanduser()
     if not config.head or not path.is_file():
-        raise ValueError(
+        raise InputError(
             f"reward.head={config.head!r}: no such file; give LAION's sac+logos+ava1-l14-linearMSE.pth "
             "(repository christophschuhmann/improved-aesthetic-predictor), or use reward.weights=mini"
         )
@@ -85,7 +85,7 @@ def _load_head(path: Path, embed_dim: int) -> aesthetic_head.AestheticHead:
         values = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
     head_config = aesthetic_head.AestheticHeadConfig.from_dict(values)
     if head_config.embed_dim != embed_dim:
-        raise ValueError(
+        raise InputError(
             f"reward.head={str(path)!r}: it reads embeddings of width {head_config.embed_dim}, but reward.clip gives "
             f"{embed_dim}; give the CLIP that the head was trained on"
         )

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.models.clip import normalize
 from ddpo_jax.models.tokenizer import Tokenizer
 from ddpo_jax.rewards import _clip
@@ -39,14 +40,14 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
     """The reward; part ``clip_cosine`` is the unscaled cosine.
 
     Raises:
-      ValueError: weights are missing or do not fit the folder's config, or an option is wrong.
+      InputError: weights are missing or do not fit the folder's config, or an option is wrong.
     """
     if config.weights not in AUTO["weights"]:
-        raise ValueError(
+        raise InputError(
             f"reward.weights={config.weights!r}: must be {' or '.join(AUTO['weights'])}; auto follows the model"
         )
     if config.scale not in SCALES:
-        raise ValueError(f"reward.scale={config.scale!r}: must be one of {', '.join(SCALES)}")
+        raise InputError(f"reward.scale={config.scale!r}: must be one of {', '.join(SCALES)}")
     folder = _clip.chosen_folder(config, _clip.B32)
     model, processor = _clip.load_clip(folder)
     tokenizer = Tokenizer.from_folder(folder)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.mini.verifier import Verifier
 from ddpo_jax.rewards import _clip
 
@@ -32,12 +33,12 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
     """The reward; its parts are the categories, NaN where a prompt says nothing of one.
 
     Raises:
-      ValueError: an unknown category; the verifier's weights are missing. When called: a prompt outside the grammar, or
+      InputError: an unknown category; the verifier's weights are missing. When called: a prompt outside the grammar, or
         one that says nothing of the chosen category.
     """
     choices = ("all", *CATEGORIES)
     if config.parts not in choices:
-        raise ValueError(f"reward.parts={config.parts!r}: must be one of {', '.join(choices)}")
+        raise InputError(f"reward.parts={config.parts!r}: must be one of {', '.join(choices)}")
     chosen = config.parts
     verifier = Verifier.from_folder(_clip.embedded("verifier", "reward.name", "mini_verifier"))
 
@@ -48,7 +49,7 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
             scores = parts[chosen]
             silent = np.flatnonzero(np.isnan(scores))
             if silent.size:
-                raise ValueError(
+                raise InputError(
                     f"reward.parts={chosen!r}: prompt {prompts[silent[0]]!r} says nothing of it; "
                     "use the prompts of that category, or reward.parts=all"
                 )

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpo_jax import find
+from ddpo_jax.errors import InputError
 from ddpo_jax.rewards import _check
 
 AUTO = {"weights": ("mini", "full")}
@@ -31,10 +32,10 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
     """The reward; its parts are the scores and the parts of the members.
 
     Raises:
-      ValueError: no such member, or its options or weights are wrong.
+      InputError: no such member, or its options or weights are wrong.
     """
     if config.weights not in AUTO["weights"]:
-        raise ValueError(
+        raise InputError(
             f"reward.weights={config.weights!r}: must be {' or '.join(AUTO['weights'])}; auto follows the model"
         )
     weights = _weights(config.rewards)
@@ -42,7 +43,7 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
     for key, value in _pairs(config.options, "reward.options", "clip_score.scale=100"):
         member, dot, option = key.rpartition(".")
         if not dot or member not in options:
-            raise ValueError(
+            raise InputError(
                 f"reward.options: received {key}={value}; "
                 f"it must be member.option=value with one of the members {', '.join(options)}"
             )
@@ -52,7 +53,7 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
         try:
             members[name] = _member(name, options[name], AUTO["weights"].index(config.weights))
         except ValueError as error:  # speaks of reward.<option>, which for a member is written in reward.options
-            raise ValueError(f"reward.rewards: member {name}: {error}") from error
+            raise InputError(f"reward.rewards: member {name}: {error}") from error
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
         total = np.zeros(len(prompts), np.float64)
@@ -71,7 +72,7 @@ def _pairs(text: str, key: str, example: str) -> list[tuple[str, str]]:
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = item.partition("=")
         if not (equals and name.strip() and value.strip()):
-            raise ValueError(f"{key}: received {item!r}; it must be name=value, such as {example}")
+            raise InputError(f"{key}: received {item!r}; it must be name=value, such as {example}")
         pairs.append((name.strip(), value.strip()))
     return pairs
 
@@ -84,13 +85,13 @@ def _weights(text: str) -> dict[str, float]:
         except ValueError:
             weight = math.nan
         if not math.isfinite(weight):
-            raise ValueError(f"reward.rewards: received {name}={value}; the weight must be a finite number")
+            raise InputError(f"reward.rewards: received {name}={value}; the weight must be a finite number")
         if name in weights or name == "weighted":
             rule = "each reward may be named once" if name in weights else "a weighted sum cannot contain itself"
-            raise ValueError(f"reward.rewards: received {text!r}; {rule}: {name}")
+            raise InputError(f"reward.rewards: received {text!r}; {rule}: {name}")
         weights[name] = weight
     if not weights:
-        raise ValueError(f"reward.rewards: received {text!r}; it must name a reward, such as aesthetic=0.05")
+        raise InputError(f"reward.rewards: received {text!r}; it must name a reward, such as aesthetic=0.05")
     return weights
 
 
@@ -99,13 +100,13 @@ def _member(name: str, options: dict[str, str], column: int) -> Callable[..., An
     found = find.find("rewards", name)
     if ":" in name:
         if options:
-            raise ValueError(f"reward.options: a function has no options; received {', '.join(options)}")
+            raise InputError(f"reward.options: a function has no options; received {', '.join(options)}")
         return found
     config = found.default_config() if hasattr(found, "default_config") else ConfigDict()
     for option, text in options.items():
         if option not in config:
             known = ", ".join(config) or "none"
-            raise ValueError(f"reward.options: it has no option {option!r}; its options are {known}")
+            raise InputError(f"reward.options: it has no option {option!r}; its options are {known}")
         config[option] = _parse(f"reward.options: {name}.{option}", text, type(config[option]))
     for option, values in getattr(found, "AUTO", {}).items():
         if config[option] == "auto":
@@ -122,4 +123,4 @@ def _parse(key: str, text: str, kind: type) -> Any:
             return kind(text)
     except ValueError:
         pass
-    raise ValueError(f"{key}: received {text!r}; it must be {kind.__name__}, as its default is")
+    raise InputError(f"{key}: received {text!r}; it must be {kind.__name__}, as its default is")

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from ddpo_jax.diffusion.schedule import Schedule
+from ddpo_jax.errors import InputError
 
 
 def options(centre: float) -> ConfigDict:
@@ -29,7 +30,7 @@ def check(config: ConfigDict, num_steps: int) -> None:
     """Refuses a Gaussian that is none.
 
     Raises:
-      ValueError: one line for each wrong option.
+      InputError: one line for each wrong option.
     """
     faults = []
     if not math.isfinite(config.centre):
@@ -37,7 +38,7 @@ def check(config: ConfigDict, num_steps: int) -> None:
     if not 0.01 <= config.width < math.inf:  # a narrower one leaves every step but one with a weight of 0
         faults.append(f"weighting.width: received {config.width!r}; it must be at least 0.01; use 0.25")
     if faults:
-        raise ValueError("\n".join(faults))
+        raise InputError("\n".join(faults))
 
 
 def weights(latents: Float[Array, "N T1 h w c"], schedule: Schedule, config: ConfigDict) -> Float[Array, "N T"]:

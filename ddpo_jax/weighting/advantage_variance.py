@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from ddpo_jax.diffusion.schedule import Schedule
+from ddpo_jax.errors import InputError
 
 FORMS = ("branch", "increment")
 
@@ -39,7 +40,7 @@ def check(config: ConfigDict, num_steps: int) -> None:
     """Reads the table.
 
     Raises:
-      ValueError: there is none, it is not one, or it is of another number of steps.
+      InputError: there is none, it is not one, or it is of another number of steps.
     """
     _row(config, num_steps)
 
@@ -51,24 +52,24 @@ def weights(latents: Float[Array, "N T1 h w c"], schedule: Schedule, config: Con
 
 def _row(config: ConfigDict, num_steps: int) -> Float[np.ndarray, " T"]:
     if config.form not in FORMS:
-        raise ValueError(f"weighting.form: received {config.form!r}; it must be one of {', '.join(FORMS)}; use branch")
+        raise InputError(f"weighting.form: received {config.form!r}; it must be one of {', '.join(FORMS)}; use branch")
     received = f"weighting.table: received {config.table!r}"
     how = f"write one with python -m ddpo_jax.measure --config.sample.num_steps={num_steps}"
     if not config.table:
-        raise ValueError(f"{received}; it must be the path of a measure.json; {how}")
+        raise InputError(f"{received}; it must be the path of a measure.json; {how}")
     try:
         table = json.loads(pathlib.Path(config.table).expanduser().read_text(encoding="utf-8"))
         variance = np.asarray(table["branch_variance"]["mean"], np.float64)
     except OSError as error:
-        raise ValueError(f"{received}; it cannot be read: {error.strerror}; {how}") from error
+        raise InputError(f"{received}; it cannot be read: {error.strerror}; {how}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{received}; it holds no row branch_variance.mean of numbers; {how}") from error
+        raise InputError(f"{received}; it holds no row branch_variance.mean of numbers; {how}") from error
     if variance.shape != (num_steps,):
-        raise ValueError(
+        raise InputError(
             f"{received}; the table has T={variance.size} but sample.num_steps={num_steps}; they must be equal; {how}"
         )
     if config.form == "increment":  # the variance after the last step is 0; noise may make an increment negative
         variance = np.maximum(variance - np.append(variance[1:], 0.0), 0.0)
     if not (np.isfinite(variance).all() and (variance >= 0).all() and math.fsum(variance) > 0):
-        raise ValueError(f"{received}; its variances must be finite, 0 or more, and not all 0; {how}")
+        raise InputError(f"{received}; its variances must be finite, 0 or more, and not all 0; {how}")
     return variance.astype(np.float32)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from ddpo_jax.mini import scoring, verifier, world
-from ddpo_jax.weights import read_safetensors, write_safetensors
+from ddpo_jax.models.weights import read_safetensors, write_safetensors
 
 score = jax.jit(scoring.score)
 TABLES = (world.COLORS, world.SHAPES, world.TEXTURES)

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ddpo_jax import weights
-from ddpo_jax.models import keys
+from ddpo_jax.models import keys, weights
 from ddpo_jax.models.clip import CLIPText, CLIPTextConfig
 from ddpo_jax.models.unet import UNet2DCondition, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig

@@ -14,7 +14,7 @@ from ddpo_jax.models import keys, lora
 from ddpo_jax.models.functional import flat_params, functional, put
 from ddpo_jax.models.layers import Linear
 from ddpo_jax.models.unet import UNet2DCondition
-from ddpo_jax.weights import write_safetensors
+from ddpo_jax.models.weights import write_safetensors
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 RANK = 2

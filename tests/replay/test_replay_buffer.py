@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from ddpo_jax import config as configs
 from ddpo_jax import find
-from ddpo_jax.checkpoint import Checkpointer
+from ddpo_jax.config import default_config
+from ddpo_jax.config.override import override
+from ddpo_jax.config.resolve import resolve
+from ddpo_jax.config.validate import validate
 from ddpo_jax.replay.buffer import Buffer
 from ddpo_jax.types import Samples
-from ddpo_jax.validate import validate
+from ddpo_jax.workdir.checkpoint import Checkpointer
 
 
 def samples(epoch, advantages, per_group=1):
@@ -216,11 +218,11 @@ def test_a_checkpoint_brings_back_exactly_the_same_buffer(tmp_path, epochs):
 
 
 def faults(num_devices=1, **overrides):
-    config = configs.default_config()
+    config = default_config()
     given = {"model": "mini", "sample.batch_size": 8, "sample.num_batches_per_epoch": 2, "replay.name": "hard"}
-    configs.override(config, [(key, str(value)) for key, value in (given | overrides).items()])
+    override(config, [(key, str(value)) for key, value in (given | overrides).items()])
     try:
-        validate(configs.resolve(config, "cpu", num_devices), num_devices)
+        validate(resolve(config, "cpu", num_devices), num_devices)
     except ValueError as error:
         return str(error).splitlines()
     return []

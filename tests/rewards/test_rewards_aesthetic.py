@@ -5,8 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from ddpo_jax import weights
-from ddpo_jax.models import aesthetic_head, keys
+from ddpo_jax.models import aesthetic_head, keys, weights
 from ddpo_jax.rewards import _clip, aesthetic
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ddpo_jax import find
-from ddpo_jax.reward_runner import make_reward
 from ddpo_jax.rewards import _clip
+from ddpo_jax.rollout.scoring import make_reward
 
 PROMPTS = [
     "a red circle",

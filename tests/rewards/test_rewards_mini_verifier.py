@@ -5,8 +5,8 @@ import pytest
 from flax import nnx
 
 from ddpo_jax.mini import verifier, world
-from ddpo_jax.reward_runner import RewardError, RewardRunner
 from ddpo_jax.rewards import _clip, mini_verifier
+from ddpo_jax.rollout.scoring import RewardError, RewardRunner
 
 PROMPTS = ["a red circle", "three dotted blue stars", "a red circle above a striped green square"]
 APPLIES = {  # the categories of T2I-CompBench each prompt speaks of

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ddpo_jax import reward_runner
 from ddpo_jax.rewards import jpeg_compressibility, weighted
+from ddpo_jax.rollout import scoring as reward_runner
 
 OWN = """
 import numpy as np

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpo_jax import config as configs
 from ddpo_jax import find
+from ddpo_jax.config import default_config
+from ddpo_jax.config.override import override
+from ddpo_jax.config.resolve import resolve
+from ddpo_jax.config.validate import validate
 from ddpo_jax.diffusion import schedule
 from ddpo_jax.ops import steps
-from ddpo_jax.validate import validate
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 
@@ -140,14 +142,14 @@ def test_increment_recovers_the_variances_of_a_sum(tmp_path):
     ],
 )
 def test_a_wrong_table_is_one_line_before_anything_is_loaded(tmp_path, content, overrides, message):
-    config = configs.default_config()
+    config = default_config()
     given = {"model": "mini", "weighting.name": "advantage_variance"}
     if content is not None:
         given["weighting.table"] = table(tmp_path, content)
     given |= {f"weighting.{key}": value for key, value in overrides.items()}
-    configs.override(config, list(given.items()))
+    override(config, list(given.items()))
     with pytest.raises(ValueError) as caught:
-        validate(configs.resolve(config, "cpu"), 1)
+        validate(resolve(config, "cpu"), 1)
     (line,) = str(caught.value).splitlines()
     assert message in line and line.startswith("weighting.")
 

@@ -1,0 +1,37 @@
+"""Compares finished runs: a table, two plots and the curves as a small JSON file.
+
+Runs are grouped by what differs in their configs; seeds of a group are averaged. For every group: the final reward, the
+reward queries after which it first reaches the final reward of the baseline, and how many times fewer that is than the
+baseline itself needs. The baseline is --baseline, or the plainest group: the one with the fewest settings that differ
+from the defaults.
+
+Curves are smoothed as in the papers, by a running average over the last queries: 500 (000) where the shortest run has
+4000 or more, an eighth of the shortest run where it has fewer, or --smooth. The final reward is the last point of the
+smoothed curve. Shaded: one standard deviation over seeds.
+
+examples:
+  ddpo_jax compare runs/ddpo_seed* runs/loop_seed*
+  ddpo_jax compare runs/*/ --metric=reward/color --baseline=algorithm=ddpo --out=color
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+
+from ddpo_jax.commands import _cli as cli
+from ddpo_jax.studies.compare import compare, table
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    parser = cli.Parser("compare", __doc__)
+    parser.add_argument("run_dir", nargs="+", metavar="RUN_DIR", help="folder of a run (its --workdir)")
+    parser.add_argument("--metric", default="reward/mean", help="of metrics.jsonl; reward/mean")
+    parser.add_argument("--baseline", default="", help="settings of the baseline's group, such as algorithm=ddpo")
+    parser.add_argument("--smooth", type=cli.positive, default=None, help="reward queries to average over")
+    parser.add_argument("--out", default="compare", help="folder for compare.json and the plots; compare")
+    args = parser.parse_args(argv)
+    out = pathlib.Path(args.out).expanduser()
+    result = compare(args.run_dir, out, args.metric, args.baseline, args.smooth)
+    print(f"{table(result)}\nin {out}: compare.json, compare_queries.png, compare_time.png")

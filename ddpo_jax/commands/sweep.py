@@ -1,0 +1,61 @@
+"""Trains a list of configs with several seeds, one after another or in parallel, and compares them.
+
+FILE is a Python file (see configs/sweeps) whose docstring states the claim, with
+
+  runs()     a list of dicts: "config" (a config file with choices, as for --config, its path relative to FILE), "name",
+             optionally "panel" (only runs of a panel are compared with each other), and any config keys
+  BASELINE   optional: the settings of the baseline's group, see ddpo_jax compare
+  METRIC     optional: what is compared; reward/mean
+  EVALUATE   optional: flags of ddpo_jax evaluate, which then follows every run; {reward} stands for the run's reward
+
+A run is kept in OUT/<panel>/<name>/seed<seed>, its output in log.txt there. The same command goes on where it stopped:
+finished runs are skipped, others resume. A run that fails does not stop the others, but the exit code is 1.
+
+examples:
+  ddpo_jax sweep configs/sweeps/weighting_and_replay.py
+  ddpo_jax sweep configs/sweeps/iskl.py --seeds=0 --only='aesthetic/*' --config.num_epochs=4
+"""
+
+from __future__ import annotations
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from ddpo_jax import errors
+from ddpo_jax.commands import _cli as cli
+from ddpo_jax.errors import InputError
+from ddpo_jax.studies import sweep
+
+
+def _seeds(text: str) -> list[int]:
+    numbers = text.split(",")
+    if not all(number.strip().isdecimal() for number in numbers) or len({*map(int, numbers)}) < len(numbers):
+        raise InputError(f"--seeds: received '{text}'; it must be different whole numbers with commas; use 0,1,2")
+    return [int(number) for number in numbers]
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    parser = cli.Parser("sweep", __doc__)
+    parser.add_argument("file", metavar="FILE", help="a sweep file")
+    parser.add_argument("--out", default="", help="folder of the runs; runs/sweeps/<name of FILE>")
+    parser.add_argument("--parallel", type=cli.positive, default=1, help="runs at the same time; 1")
+    parser.add_argument("--only", default="", help="glob patterns on <panel>/<name>, with commas; all")
+    parser.add_argument("--seeds", default="0,1,2", help="of each run; 0,1,2")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
+    extra = [word for word in argv if word.startswith("--config.")]
+    args = parser.parse_args([word for word in argv if word not in extra])
+    if wrong := [word for word in extra if "=" not in word]:
+        raise InputError(f"{wrong[0]}: received no value; write {wrong[0]}=VALUE, which every run gets")
+    file = pathlib.Path(args.file)
+    plan = sweep.load(file)
+    out = pathlib.Path(args.out).expanduser() if args.out else pathlib.Path("runs") / "sweeps" / file.stem
+    todo = sweep.jobs(plan, file, out, _seeds(args.seeds), args.only, extra)
+    if args.dry_run:
+        print("\n".join(" ".join(command) for job in todo for command in job.commands.values()))
+        return
+    failed = sweep.Runner(lambda line: print(line, file=sys.stderr, flush=True)).run(todo, args.parallel)
+    print("\n\n".join(sweep.summarise(todo, failed, out, plan)))
+    if failed:
+        raise errors.RunFailure(f"{len(failed)} of {len(todo)} runs failed: {', '.join(map(str, failed))}")

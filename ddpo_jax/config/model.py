@@ -1,0 +1,125 @@
+"""What a config must know of ``config.model`` before any weight is read: its folder and the shape of its latents."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+import ddpo_jax
+from ddpo_jax.errors import InputError, one_line
+
+MINI = pathlib.Path(ddpo_jax.__file__).parent / "mini" / "assets" / "stable-diffusion-mini"
+# Hub models whose commit is taken when the user names none (a hub id alone may change under a run): (commit, latents).
+PINNED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("451f4fe16113bff5a5d2269ed5ad43b0592e9a14", (64, 64, 4)),
+    "stabilityai/stable-diffusion-2-1": ("5cae40e6a2745ae2b01ad92ae5043f95f23644d6", (96, 96, 4)),
+}
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+MINIATURE_SIDE = 16  # latents of at most 16 x 16
+
+
+def local_folder(model: str) -> pathlib.Path | None:
+    """The folder of the miniature or of a local diffusers folder; None for a hub id.
+
+    Raises:
+      InputError: it cannot be a model: empty, an unknown user's home, a path that does not exist, no model_index.json.
+    """
+    what = f"model: received {model[:80]!r}; "
+    fix = "; give a diffusers folder, a hub id, or mini"
+    if model == "":
+        raise InputError(f"{what}it must name a model; use mini")
+    if model == "mini":
+        if not MINI.is_dir():
+            raise InputError(f"{what}the embedded miniature is not in this installation; install the package whole")
+        return MINI
+    try:
+        folder = pathlib.Path(model).expanduser()
+        found = folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~nouser, a null byte
+        raise InputError(f"{what}{one_line(error)}{fix}") from error
+    if found:
+        if not (folder / "model_index.json").is_file():
+            raise InputError(f"{what}the folder has no model_index.json{fix}")
+        return folder
+    if model[0] in "/.~" or not HUB_ID.fullmatch(model):
+        raise InputError(f"{what}the folder does not exist, and it is no hub id (owner/name){fix}")
+    return None
+
+
+def latent_shape(model: str, revision: str) -> tuple[int, int, int]:
+    """(h, w, c) of one sample, from ``unet/config.json`` alone; of a hub id that small file is downloaded.
+
+    Raises:
+      InputError: the file cannot be had or does not say it.
+    """
+    folder = local_folder(model)
+    if folder is None:
+        if model in PINNED and revision in ("", PINNED[model][0]):
+            return PINNED[model][1]
+        path = _download(model, revision)
+    else:
+        path = folder / "unet" / "config.json"
+    config = read_json(path)
+    config = {"sample_size": None, "in_channels": None} | config
+    size, channels = config["sample_size"], config["in_channels"]
+    sides = size if isinstance(size, list) else [size, size]
+    rule = "it must be a whole number above 0"
+    if len(sides) != 2 or not all(map(_is_size, sides)):
+        raise InputError(f"{path} sample_size: received {size!r}; {rule}, or two of them; export the model again")
+    if not _is_size(channels):
+        raise InputError(f"{path} in_channels: received {channels!r}; {rule}; export the model again")
+    h, w = sides
+    return h, w, channels
+
+
+def is_miniature(model: str) -> bool:
+    """Whether ``model`` is the embedded miniature, or a diffusers folder of its size."""
+    if model == "mini":
+        return True
+    try:
+        local = pathlib.Path(model).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):  # said by ``local_folder``
+        return False
+    return local and max(latent_shape(model, "")[:2]) <= MINIATURE_SIDE
+
+
+def default_clip_range(num_dims: int) -> float:
+    """Half-width of the ratio's trust region for ``num_dims`` latent dimensions, on log-probs averaged over them.
+
+    1e-4 is the usual value at 64*64*4 = 16384 dimensions; the noise of the mean scales as 1/sqrt(dimensions).
+    """
+    return 1e-4 * math.sqrt(16384 / num_dims)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+      InputError: in one line, why it does not: no such file, a folder, not UTF-8, not JSON, too deep, or no object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: it cannot be read as JSON: {one_line(error)}; restore the file") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: received a JSON {type(value).__name__}; it must be an object; restore the file")
+    return value
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 16
+
+
+def _download(model: str, revision: str) -> pathlib.Path:
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(huggingface_hub.hf_hub_download(model, "unet/config.json", revision=revision or None))
+    except Exception as error:  # the client and what it stands on raise many unrelated types
+        raise InputError(
+            f"model: received {model!r}; not a local folder, and the hub gave nothing ({one_line(error)[:200]}); "
+            "check the name, the network and HF_HUB_OFFLINE, or give a local diffusers folder"
+        ) from error

@@ -1,0 +1,86 @@
+"""What the presets of the papers (``configs/papers``) share: how an argument is read, and the rule for the miniature.
+
+A preset carries a paper's numbers for Stable Diffusion. Its argument ``model=mini`` (or a diffusers folder of that
+size) runs the same experiment on the miniature, where whatever depends on the size of the model follows this rule:
+
+- denoising steps, LoRA: the miniature's own, 10 steps and the whole UNet;
+- ``clip_range``: 1e-4 * sqrt(16384 / latent dimensions), the same trust region on the mean of fewer dimensions;
+- images of an epoch and of an update: the paper's, or fewer in the same number of updates where an epoch of the paper
+  would be most of the run; the preset says which;
+- ``learning_rate``: 1e-4 * sqrt(images of an update / 64): 1e-4 suits the miniature at 64 images, and the steps of Adam
+  grow with the square root of the batch. Methods that a paper trains at one rate stay at one rate;
+- ``num_epochs``: 1500 reward queries;
+- ``algorithm.min_count``: 4, where there is one: a prompt is drawn some 30 times in a run, which is too few to wait for
+  the papers' 16 before its own statistics count;
+- ``timestep_fraction``: the miniature's own 3 of 10 steps, drawn in proportion to the weighting, so the gradient stays
+  unbiased at a third of its cost; all steps where the loss couples them;
+- one device, so that a result does not depend on the machine's cores; a sweep runs several at once (--parallel);
+- ``replay.k``: per device, so that the replayed share of an epoch on one device is the paper's on its devices;
+- prompts: 48 of the miniature's world in place of the 45 animals, its over 100 000 in place of as many of HPDv2;
+- about 5 checkpoints and image grids in a run, each of which takes as long as half an epoch.
+
+What the argument says beyond that has the last word.
+"""
+
+from __future__ import annotations
+
+import math
+
+from ml_collections import ConfigDict
+
+from ddpo_jax.config import choose, keys, with_choices
+from ddpo_jax.config.defaults import FAMILIES
+from ddpo_jax.config.model import is_miniature
+
+QUERIES = 1500  # reward queries of a run on the miniature
+LEARNING_RATE, AT_IMAGES = 1e-4, 64
+MIN_COUNT = 4
+SAVES = 5
+
+
+def split(arg: str) -> tuple[str, str, str]:
+    """The parts of a preset's argument, each again an argument: the model, the members, all else.
+
+    A preset applies them in this order, setting what depends on each after it, so that the rest overrides the preset.
+    """
+    model: list[str] = []
+    members: list[str] = []
+    rest: list[str] = []
+    for item in keys.split(arg):
+        key = item.partition("=")[0].strip()
+        family = key.removesuffix(".name")
+        (model if key == "model" else members if family in FAMILIES else rest).append(item)
+    return ",".join(model), ",".join(members), ",".join(rest)
+
+
+def choose_members(config: ConfigDict, members: str) -> None:
+    """Applies the members of an argument and this module's rule for their options, in place."""
+    with_choices(config, members)
+    if is_miniature(config.model) and "min_count" in config.algorithm:
+        config.algorithm.min_count = MIN_COUNT
+
+
+def learning_rate(images: int) -> float:
+    """The miniature's for updates of so many images."""
+    return LEARNING_RATE * math.sqrt(images / AT_IMAGES)
+
+
+def on_miniature(config: ConfigDict, images: int, update: int) -> bool:
+    """Applies the rule of this module if ``config.model`` is of the miniature's size; says whether it is.
+
+    Args:
+      config: of the preset; changed in place.
+      images: of an epoch on the miniature.
+      update: images of an update on the miniature.
+    """
+    if not is_miniature(config.model):
+        return False
+    config.num_epochs = math.ceil(QUERIES / images)
+    config.sample.num_steps = config.train.lora_rank = config.train.clip_range = None  # the miniature's own
+    config.sample.batch_size, config.sample.num_batches_per_epoch = images, 1
+    config.train.batch_size, config.train.microbatch_size = update, None
+    config.train.learning_rate = learning_rate(update)
+    config.mesh.data = 1
+    config.checkpoint.every = config.log.images_every = max(1, config.num_epochs // SAVES)
+    choose(config, "prompts", "mini")
+    return True

@@ -1,0 +1,1 @@
+"""Sampling: the one image sampler, the collector of an epoch, rewards on host threads."""

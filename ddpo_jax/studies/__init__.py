@@ -1,0 +1,1 @@
+"""Evidence: evaluate, measure, sweep, compare."""

@@ -1,0 +1,263 @@
+"""Compares finished runs: a table, two plots and the curves as a small JSON file.
+
+Runs are grouped by what differs in their configs; seeds of a group are averaged. For every group: the final reward, the
+reward queries after which it first reaches the final reward of the baseline, and how many times fewer that is than the
+baseline itself needs. The baseline is --baseline, or the plainest group: the one with the fewest settings that differ
+from the defaults.
+
+Curves are smoothed as in the papers, by a running average over the last queries: 500 (000) where the shortest run has
+4000 or more, an eighth of the shortest run where it has fewer, or --smooth. The final reward is the last point of the
+smoothed curve. Shaded: one standard deviation over seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ddpo_jax import find
+from ddpo_jax.config import default_config
+from ddpo_jax.config.defaults import FAMILIES
+from ddpo_jax.config.keys import flatten, from_json
+from ddpo_jax.errors import InputError
+from ddpo_jax.studies import curves
+from ddpo_jax.studies.curves import Curve
+from ddpo_jax.workdir import metrics
+
+IGNORED = re.compile(r"seed|num_epochs|log\..*|checkpoint\..*|train\.(microbatch_size|remat)|mesh\..*|frozen_on_host")
+TIMES = ("time/rollout_s", "time/reward_s", "time/update_s")
+POINTS = 60  # of a curve in compare.json
+PLAINEST = {**dict.fromkeys(("weighting", "replay"), ("uniform", "none")), "algorithm": ("ddpo",)}
+
+
+@dataclasses.dataclass
+class Run:
+    """A run as it was read."""
+
+    folder: pathlib.Path
+    settings: dict[str, Any]  # dotted key -> value
+    rows: list[dict[str, Any]]
+
+
+@dataclasses.dataclass
+class Group:
+    """Runs that differ in their seeds only."""
+
+    label: str
+    differs: dict[str, Any]  # the settings that make the group
+    runs: list[Run]
+    curves: list[Curve] = dataclasses.field(default_factory=list)  # smoothed, one for each run
+
+
+def read_runs(folders: Sequence[str]) -> list[Run]:
+    """The runs in ``folders``.
+
+    Raises:
+      InputError: one line for each folder that holds none.
+    """
+    runs, faults = [], []
+    for name in dict.fromkeys(folders):
+        folder = pathlib.Path(name).expanduser()
+        path = folder / "config.json"
+        rows = metrics.read_metrics(folder)
+        if path.is_file() and rows:
+            runs.append(Run(folder, flatten(from_json(path.read_text(encoding="utf-8"))), rows))
+        else:
+            lacks = metrics.FILE if path.is_file() else "config.json"
+            faults.append(f"RUN_DIR: received '{name}'; it has no {lacks}; give folders in which runs were trained")
+    if faults:
+        raise InputError("\n".join(faults))
+    return runs
+
+
+def group(runs: Sequence[Run]) -> list[Group]:
+    """Groups in the order in which they appear, named by the settings that differ between groups.
+
+    A member's own option is left out of the name where the member's name already tells it.
+    """
+    keys = [key for key in dict.fromkeys(key for run in runs for key in run.settings) if not IGNORED.fullmatch(key)]
+    differing = [key for key in keys if len({repr(run.settings.get(key)) for run in runs}) > 1]
+    told = []
+    for key in differing:
+        family = key.partition(".")[0]
+        values: dict[str, set[str]] = {}
+        for run in runs:
+            values.setdefault(run.settings[f"{family}.name"] if family in FAMILIES else "", set()).add(
+                repr(run.settings.get(key))
+            )
+        own = family in FAMILIES and not key.endswith(".name") and f"{family}.name" in differing
+        if not (own and all(len(given) == 1 for given in values.values())):
+            told.append(key)
+    groups: dict[str, Group] = {}
+    for run in runs:
+        differs = {key: run.settings[key] for key in told if key in run.settings}
+        name = ", ".join(f"{key.removesuffix('.name').rpartition('.')[2]}={value}" for key, value in differs.items())
+        groups.setdefault(name or "all runs", Group(name or "all runs", differs, [])).runs.append(run)
+    return list(groups.values())
+
+
+def choose_baseline(groups: Sequence[Group], wanted: str) -> Group:
+    """The group that ``wanted`` describes ("algorithm=ddpo", several with commas), or the plainest one if it is empty.
+
+    Raises:
+      InputError: it describes no group, or more than one.
+    """
+    if not wanted:
+        return min(groups, key=_settings)
+    found = matching(groups, wanted)
+    if len(found) == 1:
+        return found[0]
+    labels = [group.label for group in groups]
+    near = find.nearest(wanted, labels)
+    fix = f"use --baseline='{near or labels[0]}'"
+    raise InputError(
+        f"--baseline: received '{wanted}', which {len(found) or 'no'} group{'s'[: len(found) != 1]} match; "
+        f"groups are {'; '.join(labels)}; {fix}"
+    )
+
+
+def matching(groups: Sequence[Group], wanted: str) -> list[Group]:
+    """The groups whose label has all settings of ``wanted``; the one whose label it is, if there is one."""
+    asked = {item.strip() for item in wanted.split(",")}
+    labels = [{item.strip() for item in group.label.split(",")} for group in groups]
+    exact = [group for group, label in zip(groups, labels, strict=True) if asked == label]
+    return exact or [group for group, label in zip(groups, labels, strict=True) if asked <= label]
+
+
+def _settings(group: Group) -> int:
+    """How far a group is from plain DDPO."""
+    defaults = flatten(default_config())
+    count = 0
+    for key, value in group.differs.items():
+        plain = PLAINEST[key.partition(".")[0]] if key in [f"{family}.name" for family in PLAINEST] else ()
+        count += value not in plain if plain else key in defaults and value != defaults[key]
+    return count
+
+
+def curves_of(groups: Sequence[Group], metric: str, smooth: float | None) -> float:
+    """Fills in the groups' smoothed curves; returns the window in reward queries.
+
+    Raises:
+      InputError: a run has no such metric.
+    """
+    faults = []
+    for run in (run for group in groups for run in group.runs):
+        if not any(isinstance(row.get(metric), int | float) for row in run.rows):
+            near = find.nearest(metric, sorted({key for row in run.rows for key in row}))
+            faults.append(f"--metric: received '{metric}'; {run.folder} has none; " + f"use {near or 'reward/mean'}")
+    if faults:
+        raise InputError("\n".join(faults))
+    shortest = min(run.rows[-1]["reward_queries"] for group in groups for run in group.runs)
+    window = smooth if smooth is not None else 500.0 if shortest >= 4000 else shortest / 8
+    for group in groups:
+        group.curves = [_curve(run, metric, window) for run in group.runs]
+    return window
+
+
+def _curve(run: Run, metric: str, window: float) -> Curve:
+    wall = np.cumsum([sum(row.get(key) or 0.0 for key in TIMES) for row in run.rows])
+    known = [i for i, row in enumerate(run.rows) if isinstance(row.get(metric), int | float)]
+    queries = np.array([run.rows[i]["reward_queries"] for i in known], float)
+    values = np.array([run.rows[i][metric] for i in known], float)
+    return Curve(queries, wall[known], curves.running_average(queries, values, window))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The comparison as text."""
+    head = ("", "seeds", f"final {result['metric']}", "queries to baseline", "speed-up")
+    lines = [head]
+    for entry in result["groups"]:
+        final, reach = entry["final"], entry["queries_to_baseline"]
+        spread = "" if final["half_width"] is None else f" ± {final['half_width']:.3g}"
+        speed = "-" if entry["speed_up"] is None else f"{entry['speed_up']:.2f}x"
+        if entry["speed_up_interval"]:
+            low, high = entry["speed_up_interval"]
+            speed += f" [{low:.2f}, {high:.2f}]"
+        mark = " (baseline)" if entry["label"] == result["baseline"] else ""
+        lines.append(
+            (
+                entry["label"] + mark,
+                str(len(entry["runs"])),
+                f"{final['mean']:.4g}{spread}",
+                "not reached" if reach is None else f"{reach:.0f}",
+                speed,
+            )
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    note = (
+        f"final: mean over seeds ± 95 % t-interval. Baseline's final reward {result['level']:.4g}. Smoothed over the "
+        f"last {result['smoothing_queries']:.4g} queries. [..]: 95 % bootstrap over seeds."
+    )
+    return "\n".join([*text, note])
+
+
+def compare(
+    folders: Sequence[str],
+    out: pathlib.Path,
+    metric: str = "reward/mean",
+    baseline: str = "",
+    smooth: float | None = None,
+    title: str = "",
+) -> dict[str, Any]:
+    """Writes ``compare.json``, ``compare_queries.png`` and ``compare_time.png`` into ``out``; returns the first.
+
+    Args:
+      folders: of runs.
+      out: folder, made if missing.
+      metric: of metrics.jsonl.
+      baseline: see ``choose_baseline``.
+      smooth: window of the running average in reward queries; None as the module says.
+      title: over the plots.
+
+    Raises:
+      InputError: runs, metric or baseline cannot be had, in one line each.
+    """
+    groups = group(read_runs(folders))
+    base = choose_baseline(groups, baseline)
+    window = curves_of(groups, metric, smooth)
+    level = float(curves.average(base.curves).mean[-1])
+    entries = []
+    for member in groups:
+        mean, half_width = curves.interval(curves.final(member.curves))
+        reach = curves.queries_to(member.curves, level)
+        speed, speed_interval = curves.speed_up(base.curves, member.curves)
+        average = curves.average(member.curves)
+        points = np.unique(np.linspace(0, len(average.queries) - 1, POINTS).round().astype(int))
+        entries.append(
+            {
+                "label": member.label,
+                "settings": member.differs,
+                "runs": [{"folder": run.folder.name, "seed": run.settings.get("seed")} for run in member.runs],
+                "final": {"mean": mean, "half_width": half_width},
+                "queries_to_baseline": reach,
+                "speed_up": speed,
+                "speed_up_interval": speed_interval,
+                "curve": {
+                    "reward_queries": average.queries[points].round(1).tolist(),
+                    "wall_s": average.wall[points].round(1).tolist(),
+                    "mean": [float(f"{x:.6g}") for x in average.mean[points]],
+                    "std": [float(f"{x:.4g}") for x in average.std[points]],
+                },
+            }
+        )
+    result = {
+        "metric": metric,
+        "smoothing_queries": window,
+        "baseline": base.label,
+        "level": level,
+        "groups": entries,
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "compare.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    title = f"{title + ': ' if title else ''}running average over {window:.4g} queries"
+    labelled = {member.label: curves.average(member.curves) for member in groups}
+    curves.plot(out / "compare_queries.png", labelled, "queries", "reward queries", metric, title)
+    curves.plot(out / "compare_time.png", labelled, "wall", "wall time, s", metric, title)
+    return result

@@ -1,0 +1,268 @@
+"""Scores what a run has trained on prompts, against the model it started from.
+
+Both models draw every prompt from the same noise, with the steps, guidance and eta of the run, so differences are
+paired. Means and 95 % confidence intervals (Student's t) treat prompts as the sample: images of a prompt are averaged
+first; with a single prompt, its images are the sample. A part of a reward that says nothing of a prompt leaves it out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, UInt8
+from ml_collections import ConfigDict
+
+from ddpo_jax import errors, find, sharding
+from ddpo_jax.config import default_config, keys, with_choices
+from ddpo_jax.config.override import override
+from ddpo_jax.config.resolve import resolve
+from ddpo_jax.diffusion import sampler, schedule
+from ddpo_jax.diffusion.policy import Policy
+from ddpo_jax.errors import InputError
+from ddpo_jax.prompts import make_prompts
+from ddpo_jax.rewards._check import call
+from ddpo_jax.rollout import scoring as reward_runner
+from ddpo_jax.studies import curves
+from ddpo_jax.training.build import Model
+from ddpo_jax.training.trained import load_trained
+from ddpo_jax.types import Params
+from ddpo_jax.workdir import grid
+
+MODELS = ("base", "trained")
+SHOWN = 8  # prompts of the picture
+Prompts = list[tuple[str, dict[str, Any]]]  # with metadata
+Rewards = dict[str, Callable[..., Any]]
+
+
+def find_prompts(config: ConfigDict, wanted: str, count: int | None, seed: int) -> Prompts:
+    """Distinct prompts with their metadata.
+
+    Args:
+      config: of the run.
+      wanted: "training", "novel" or a text file.
+      count: how many at most; None is all of a file, 45 of a source.
+      seed: of the draw from a source.
+
+    Raises:
+      InputError: they cannot be had.
+    """
+    section = config.prompts
+    if wanted not in ("training", "novel"):
+        chosen = default_config()
+        override(chosen, [("prompts.name", "file"), ("prompts.path", wanted), ("prompts.shuffle", "false")])
+        section = chosen.prompts
+    elif wanted == "novel":
+        if "split" not in section:
+            why = f"the run's source {section.name!r} has no novel split"
+            raise InputError(f"--prompts: received 'novel'; {why}; give a text file")
+        section = ConfigDict(section)
+        section.split = "novel"
+        if "count" in section:  # of the prompts that are trained
+            section.count = 0
+    source = make_prompts(section, find.find("prompts", section.name))
+    number = count or (_lines(section.path) if section.name == "file" else 45)
+    return list(dict(zip(*source(np.random.default_rng(seed), number), strict=True)).items())
+
+
+def _lines(path: str) -> int:
+    return sum(bool(line.strip()) for line in pathlib.Path(path).expanduser().read_bytes().splitlines())
+
+
+def make_rewards(config: ConfigDict, text: str) -> Rewards:
+    """Reward functions by their text in ``--rewards``; the run's own if that is empty.
+
+    Raises:
+      InputError: one of them cannot be had.
+    """
+    if not text:
+        return {config.reward.name: reward_runner.make_reward(config.reward, find.find("rewards", config.reward.name))}
+    rewards: Rewards = {}
+    for item in keys.split(text):
+        name, bracket, options = item.partition("[")
+        if bracket and not options.endswith("]"):
+            raise InputError(f"--rewards: received {item!r}; it must be name or name[option=value,...]")
+        chosen = ConfigDict(config)
+        arg = ",".join([f"reward={name}", *(f"reward.{option}" for option in keys.split(options.removesuffix("]")))])
+        chosen, members = resolve(with_choices(chosen, arg), jax.default_backend(), jax.device_count())
+        rewards[item] = reward_runner.make_reward(chosen.reward, members.reward)
+    return rewards
+
+
+def make_sampler(
+    model: Model, config: ConfigDict, mesh: Mesh, seed: int
+) -> Callable[[Params, list[str], np.ndarray], UInt8[np.ndarray, "N H W 3"]]:
+    """``(parameters, N prompts, N image numbers) -> images``, split over the mesh; N must be a multiple of its size.
+
+    The noise of an image follows from ``seed`` and its number alone, so neither the batch nor the devices change it.
+    """
+    pipe, options = model.pipeline, config.sample
+    policy = Policy(schedule.make(pipe.scheduler_config, options.num_steps, options.eta), options.guidance_scale)
+    frozen = sharding.put_params(model.frozen, mesh)
+    uncond = sharding.replicate(jnp.asarray(pipe.embed([""])[0]), mesh)
+
+    def local(params: Params, frozen: Params, uncond: Array, context: Array, numbers: Array) -> Array:
+        draws = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
+        bound = policy.bind(model.network, frozen)
+        return sampler.sample(bound, params, draws, context, uncond, pipe.latent_shape).latents[:, -1]
+
+    batch = sharding.BATCH
+    program = jax.jit(sharding.per_device(local, mesh, 2, (P(), batch, batch), batch))
+
+    def sample(params: Params, prompts: list[str], numbers: np.ndarray) -> UInt8[np.ndarray, "N H W 3"]:
+        context, ids = sharding.put_batch((pipe.embed(prompts), numbers.astype(np.int32)), mesh)
+        return np.asarray(pipe.decode(program(params, frozen, uncond, context, ids)))
+
+    return sample
+
+
+def score_chunks(
+    draw: Callable[[list[str], np.ndarray], np.ndarray],
+    rewards: Rewards,
+    prompts: Prompts,
+    samples: int,
+    size: int,
+    folder: pathlib.Path,
+    label: str,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Draws and scores all images chunk by chunk; chunks that are in ``folder`` are read instead.
+
+    Args:
+      draw: (prompts, image numbers) -> images.
+      rewards: functions by name.
+      prompts: P of them.
+      samples: K images of each.
+      size: images of a chunk.
+      folder: of the chunks.
+      label: of the model; begins the files' names.
+
+    Returns:
+      Scores [P, K] by reward and by ``reward/part``, and the first image of each of the first prompts.
+
+    Raises:
+      errors.RunFailure: a reward failed; finished chunks stay.
+    """
+    total = len(prompts) * samples
+    tables: dict[str, np.ndarray] = {}
+    pictures = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(0, total, size):
+        path = folder / f"{label}_{start:06d}.npz"
+        rows = np.arange(start, min(start + size, total))
+        if not path.is_file():
+            chosen = [prompts[row // samples] for row in rows]
+            filled = np.resize(rows, size)  # the last chunk is filled up: one program
+            images = draw([prompts[row // samples][0] for row in filled], filled)[: len(rows)]
+            names, metadata = [prompt for prompt, _ in chosen], [entry for _, entry in chosen]
+            found: dict[str, np.ndarray] = {}
+            for name, reward in rewards.items():
+                try:
+                    scores, parts = call(reward, images, names, metadata, name)
+                except reward_runner.RewardError as error:
+                    raise errors.RunFailure(f"{error}; finished chunks are kept, the same command goes on") from error
+                found |= {name: scores} | {f"{name}/{part}": values for part, values in parts.items()}
+            shown = images[(rows % samples == 0) & (rows // samples < SHOWN)]
+            with open(path.with_suffix(".tmp"), "wb") as file:
+                np.savez(file, images=shown, names=np.array([*found]), scores=np.stack([*found.values()]))
+            os.replace(path.with_suffix(".tmp"), path)
+            print(f"{label}: {rows[-1] + 1} of {total} images", file=sys.stderr, flush=True)
+        with np.load(path) as stored:
+            pictures.append(stored["images"])
+            for name, values in zip(stored["names"].tolist(), stored["scores"], strict=True):
+                tables.setdefault(name, np.full(total, np.nan))[rows] = values
+    return {name: values.reshape(-1, samples) for name, values in tables.items()}, np.concatenate(pictures)
+
+
+def statistics(scores: np.ndarray) -> dict[str, float | int | None]:
+    """Mean, half width of its 95 % interval and number of prompts of scores [P, K] with NaN where there is none."""
+    known = scores[~np.isnan(scores).all(axis=1)]
+    means = np.nanmean(known, axis=1)
+    sample = known[0][~np.isnan(known[0])] if len(known) == 1 else means
+    if not len(known):
+        return {"mean": None, "half_width": None, "prompts": 0}
+    mean, half_width = curves.interval(np.asarray(sample, np.float64))
+    return {"mean": mean, "half_width": half_width, "prompts": len(known)}
+
+
+def table(rewards: dict[str, Any]) -> str:
+    """The result as text."""
+
+    def cell(entry: dict[str, Any], sign: str = "") -> str:
+        if entry["mean"] is None:
+            return "-"
+        spread = "" if entry["half_width"] is None else f" ± {entry['half_width']:.2g}"
+        return f"{entry['mean']:{sign}.4g}{spread}"
+
+    lines = [("", "untrained", "trained", "difference")]
+    for name, row in rewards.items():
+        lines.append((name, cell(row["base"]), cell(row["trained"]), cell(row["difference"], "+")))
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def evaluate(args: argparse.Namespace) -> str:
+    """Does what the parsed arguments say; returns the table."""
+    config, model = load_trained(args.workdir, args.epoch, args.ema)
+    prompts = find_prompts(config, args.prompts, args.num_prompts, args.seed)
+    rewards = make_rewards(config, args.rewards)
+    mesh = sharding.make_mesh(-1, math.gcd(config.mesh.fsdp, jax.device_count()))
+    wanted = args.batch_size or config.sample.batch_size
+    size = math.ceil(wanted / mesh.size) * mesh.size
+    out = pathlib.Path(args.out or pathlib.Path(args.workdir) / "evaluation").expanduser()
+    settings = {
+        "workdir": str(args.workdir),
+        "epoch": args.epoch,
+        "ema": args.ema,
+        "prompts": [prompt for prompt, _ in prompts],
+        "samples_per_prompt": args.samples_per_prompt,
+        "rewards": [*rewards],
+        "seed": args.seed,
+        "batch_size": size,
+        "sample": {key: config.sample[key] for key in ("num_steps", "eta", "guidance_scale")},
+        "checksum": float(sum(np.abs(np.asarray(x, np.float64)).sum() for x in model.params.values())),
+    }
+    _refuse_other(out, settings)
+    sample = make_sampler(model, config, mesh, args.seed)
+    tables, pictures = {}, []
+    for label, params in zip(MODELS, (model.reference, model.params), strict=True):
+        placed = sharding.put_params(params, mesh)
+        tables[label], images = score_chunks(
+            functools.partial(sample, placed),
+            *(rewards, prompts, args.samples_per_prompt, size, out / "chunks", label),
+        )
+        pictures.append(images)
+    result: dict[str, Any] = {}
+    for name in tables["base"]:
+        base, trained = (tables[label][name] for label in MODELS)
+        values = {"base": base, "trained": trained, "difference": trained - base}
+        result[name] = {label: statistics(scores) for label, scores in values.items()}
+    text = json.dumps({"settings": settings, "rewards": result}, indent=1) + "\n"
+    (out / "evaluation.json").write_text(text, encoding="utf-8")
+    count = len(pictures[0])
+    captions = [f"{label}: {prompts[i][0]}" for label in ("untrained", "trained") for i in range(count)]
+    grid.captioned(np.concatenate(pictures), captions, f"{args.workdir}, epoch {args.epoch}").save(out / "images.png")
+    k = args.samples_per_prompt
+    return f"{len(prompts)} prompts x {k} images\n{table(result)}\nin {out}: evaluation.json, images.png"
+
+
+def _refuse_other(out: pathlib.Path, settings: dict[str, Any]) -> None:
+    """Notes the settings in ``out``; chunks of other settings there are refused."""
+    path = out / "settings.json"
+    out.mkdir(parents=True, exist_ok=True)
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    if changed := [key for key in settings if settings[key] != before.get(key)]:
+        what = "the trained parameters" if changed == ["checksum"] else ", ".join(changed)
+        raise InputError(f"--out: received '{out}', which holds an evaluation with other {what}; use another --out")
+    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""The training loop, the updates of an epoch, and the parts they are built from."""

@@ -1,0 +1,194 @@
+"""From a config to the parts of a run: the one place that knows networks, algorithm, reward and devices together."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from ddpo_jax import sharding
+from ddpo_jax.config.ready import Ready
+from ddpo_jax.diffusion import schedule
+from ddpo_jax.diffusion.policy import Policy
+from ddpo_jax.models import lora, pipeline
+from ddpo_jax.models.functional import functional
+from ddpo_jax.prompts import make_prompts
+from ddpo_jax.replay.buffer import Buffer
+from ddpo_jax.rollout.collector import Collector
+from ddpo_jax.rollout.scoring import RewardRunner, make_reward
+from ddpo_jax.training.learner import Learner, NetworkFn, Objective, TrainState, make_optimizer
+from ddpo_jax.training.value import ValueLearner
+from ddpo_jax.types import Params, Traits
+
+
+@dataclasses.dataclass
+class Model:
+    """A pipeline whose UNet is split into a pure function, trained and frozen parameters."""
+
+    pipeline: pipeline.Pipeline
+    network: NetworkFn
+    params: Params
+    frozen: Params
+    reference: Params  # trained parameters of the reference policy
+
+
+@dataclasses.dataclass
+class Parts:
+    """What an epoch needs."""
+
+    algorithm: types.ModuleType
+    traits: Traits
+    model: Model
+    learner: Learner
+    collector: Collector
+    replay: Buffer
+    reward: RewardRunner
+    mesh: Mesh
+    uncond: jax.Array
+    value: ValueLearner | None  # where the algorithm has a value network
+
+    def init(self) -> TrainState:
+        """The state before the first update; call it once.
+
+        Leaves shapes in ``model.params``: the parameters would stay beside their copy in the state.
+        """
+        state = self.learner.init(self.model.params)
+        self.model.params = jax.eval_shape(lambda params: params, self.model.params)
+        return state if self.value is None else dataclasses.replace(state, value=self.value.init())
+
+
+def load_model(config: ConfigDict) -> Model:
+    """Loads ``config.model`` and splits its UNet by what ``config.train`` trains."""
+    dtype = jnp.dtype(config.dtype)
+    revision, on_host = config.revision or None, config.frozen_on_host
+    return split_model(config, pipeline.load(config.model, dtype=dtype, revision=revision, frozen_on_host=on_host))
+
+
+def split_model(config: ConfigDict, pipe: pipeline.Pipeline) -> Model:
+    """The UNet of ``pipe``, which may hold shapes in place of arrays, split by what ``config.train`` trains.
+
+    Shapes are left in ``pipe.unet``: its float32 weights would stay beside their copy in the compute type.
+    """
+    dtype = jnp.dtype(config.dtype)
+    pipe.unet.attention = config.attention
+    pipe.unet.remat = "block" if config.train.remat == "on" else "none"
+    rank = config.train.lora_rank
+    if rank:
+        lora.add(pipe.unet, rank, config.train.lora_targets, nnx.Rngs(config.seed))
+    network, params, frozen = functional(pipe.unet, lora.is_lora if rank else lambda name: True, release=True)
+
+    def convert(params: Params, frozen: Params) -> tuple[Params, Params]:
+        off = {name: jnp.zeros_like(x) if rank else x.astype(dtype) for name, x in params.items()}  # adapters off
+        return {name: x.astype(dtype) for name, x in frozen.items()}, off
+
+    shapes_only = _is_shape(params, frozen)
+    frozen, reference = jax.eval_shape(convert, params, frozen) if shapes_only else jax.jit(convert)(params, frozen)
+    return Model(pipe, network, params, frozen, reference)
+
+
+def _is_shape(*trees: Params) -> bool:
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(trees))
+
+
+def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) -> Parts:
+    """Builds a run.
+
+    Args:
+      ready: its config and members.
+      model: what to train; None loads ``config.model``. Of one that holds shapes the parts only compile.
+      mesh: None takes that of ``config.mesh``. With a model of shapes its devices need not be there.
+
+    Raises:
+      InputError: a model, weight or option that cannot be had, in one line each.
+    """
+    config, members = ready.config, ready.members
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp) if mesh is None else mesh
+    reward = make_reward(config.reward, members.reward)
+    prompt_fn = make_prompts(config.prompts, members.prompts)
+    algorithm, weighting, traits = members.algorithm, members.weighting, members.traits(config)
+
+    model = load_model(config) if model is None else model
+    pipe = model.pipeline
+    policy = Policy(
+        schedule=schedule.make(pipe.scheduler_config, config.sample.num_steps, config.sample.eta),
+        guidance_scale=config.sample.guidance_scale,
+        stop_uncond_gradient=config.train.stop_uncond_gradient,
+    )
+    untrained = np.flatnonzero(~policy.schedule.trainable)
+    if untrained.size:
+        logging.info("steps %s have no noise, hence no density: they are sampled but not trained", untrained.tolist())
+    learner = Learner(
+        policy,
+        model.network,
+        Objective(traits, functools.partial(algorithm.loss, config=config.algorithm), config.train.clip_range),
+        make_optimizer(config.train),
+        mesh,
+        config.train.microbatch_size,
+        config.train.ema_decay,
+    )
+    value = None
+    if traits.value_updates:
+        value = ValueLearner(
+            functools.partial(algorithm.value_loss, config=config.algorithm),
+            policy.schedule.timesteps,
+            pipe.latent_shape[-1],
+            pipe.unet.config.cross_attention_dim,
+            traits.value_learning_rate,
+            mesh,
+            config.seed,
+        )
+    runner = RewardRunner(reward, name=config.reward.name)
+    collector = Collector(
+        policy,
+        model.network,
+        mesh,
+        pipe.latent_shape,
+        functools.partial(weighting.weights, config=config.weighting),
+        pipe.embed,
+        pipe.decode,
+        prompt_fn,
+        runner,
+        seed=config.seed,
+        batch_size=config.sample.batch_size,
+        num_batches=config.sample.num_batches_per_epoch,
+        samples_per_prompt=config.prompts.samples_per_prompt,
+        shared_noise=traits.shared_noise,
+    )
+    replay = Buffer(members.replay, config.replay, whole_groups=traits.group, num_devices=mesh.size)
+    needs_reference = bool(traits.terms & {"ref_log_prob", "kl", "noise_mse"})
+    model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh)
+    model.frozen = sharding.put_params(model.frozen, mesh)
+    uncond: Any = jnp.asarray(pipe.embed([""])[0])
+    if _is_shape(model.params, model.frozen):
+        uncond = jax.ShapeDtypeStruct(uncond.shape, uncond.dtype)
+    uncond = sharding.replicate(uncond, mesh)
+    return Parts(algorithm, traits, model, learner, collector, replay, runner, mesh, uncond, value)
+
+
+def describe(parts: Parts, config: ConfigDict) -> str:
+    """The start-up log: a table of the trained parameters and one line on everything that was chosen."""
+    from clu import parameter_overview
+
+    table = parameter_overview.get_parameter_overview(parts.model.params, include_stats=False, max_lines=12)
+    devices = f"{parts.mesh.size} x {jax.devices()[0].device_kind}"
+    chosen: dict[str, Any] = {
+        "model": config.model,
+        "devices": devices,
+        "dtype": config.dtype,
+        "algorithm": config.algorithm.name,
+        "weighting": config.weighting.name,
+        "replay": config.replay.name,
+        "reward": config.reward.name,
+        "prompts": config.prompts.name,
+        "clip_range": f"{config.train.clip_range:.2g}",
+    }
+    return f"trained parameters\n{table}\n" + ", ".join(f"{key} {value}" for key, value in chosen.items())

@@ -1,0 +1,145 @@
+"""The updates of one epoch: advantages, minibatches, replay, and what the metrics say of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpo_jax import sharding
+from ddpo_jax.errors import RunFailure
+from ddpo_jax.ops.advantages import PromptStats
+from ddpo_jax.rollout.collector import Rollout, generator
+from ddpo_jax.training import batching
+from ddpo_jax.training.build import Parts
+from ddpo_jax.training.learner import Minibatch, TrainState
+from ddpo_jax.types import Params, Samples, Traits
+
+_SHUFFLE = 1  # stream of the host generator (0 is the prompts')
+
+
+def refresh(state: TrainState, traits: Traits, epoch: int) -> tuple[TrainState, Params]:
+    """``(state, parameters that sample this epoch)``: the trained ones, or their copy of some epochs ago."""
+    if traits.refresh_every == 1:
+        return state, state.params
+    if traits.refresh_every and epoch % traits.refresh_every == 0:
+        state = dataclasses.replace(state, behaviour=jax.tree.map(jnp.copy, state.params))
+    return state, state.behaviour
+
+
+def branch_step(parts: Parts, config: ConfigDict, epoch: int) -> int:
+    """How many steps the samples of a prompt share in this epoch (B2-DiffuRL's stage); 0 for all others."""
+    if not parts.traits.branching:
+        return 0
+    steps = config.sample.num_steps
+    return steps - parts.algorithm.interval(epoch, config.num_epochs, steps, config.algorithm)
+
+
+def update(
+    parts: Parts, config: ConfigDict, state: TrainState, stats: PromptStats, rollout: Rollout, epoch: int
+) -> tuple[TrainState, dict[str, Any]]:
+    """All updates of one epoch: ``(state, row of metrics)``."""
+    start = time.perf_counter()
+    samples, options = rollout.samples, config.train
+    advantages = parts.algorithm.advantages(
+        samples.rewards.astype(np.float64), samples.prompt_ids, stats, config.algorithm
+    )
+    if parts.traits.standardized:
+        advantages = np.clip(advantages, -options.adv_clip_max, options.adv_clip_max)
+    samples = dataclasses.replace(samples, advantages=advantages.astype(np.float32))
+    rng, trained = generator(config.seed, epoch, _SHUFFLE), parts.collector.trained_steps
+    if options.recompute_log_prob == "on":
+        samples = dataclasses.replace(
+            samples, log_prob=recompute(parts, state, samples, rng, options.batch_size, trained)
+        )
+    log: list[dict[str, jax.Array]] = []
+
+    def train_on(state: TrainState, samples: Samples, batch_size: int) -> TrainState:
+        for batch in batching.minibatches(
+            rng,
+            samples,
+            batch_size,
+            trained,
+            parts.traits,
+            timestep_fraction=options.timestep_fraction,
+            step_sampling=options.step_sampling,
+        ):
+            batch = sharding.put_batch(batch, parts.mesh)
+            state, batch, fitted = fit_value(parts, state, batch)
+            state, out = parts.learner.update(state, parts.model.reference, parts.model.frozen, parts.uncond, batch)
+            log.append(out | fitted)
+        return state
+
+    if parts.traits.branching:  # what the algorithm drops is not replayed either
+        samples = samples[parts.algorithm.select(advantages, samples.group_ids, config.algorithm)]
+    for _ in range(options.num_inner_epochs):
+        state = train_on(state, samples, options.batch_size)
+    replayed = parts.replay.retrieve(samples, epoch, rng)
+    if replayed is not None:
+        state = train_on(state, replayed, len(replayed))
+    parts.replay.add(samples, epoch)
+    values = jax.device_get(log)
+    if not all(np.isfinite(list(out.values())).all() for out in values):
+        raise RunFailure(
+            f"epoch {epoch}: the loss or its gradient is not finite; the epochs before it are saved. "
+            "The same command would get here again: lower train.learning_rate and use another --workdir"
+        )
+    first = values[0] if values else {}  # nothing where the algorithm kept no sample
+    row = {f"train/{key}": float(np.mean([out[key] for out in values])) for key in first}
+    if "ratio_deviation" in first:
+        row["train/ratio_first_update_deviation"] = float(first["ratio_deviation"])
+    row |= describe_rewards(rollout) | {"train/advantage_abs": float(np.abs(advantages).mean())}
+    row |= {"replay/samples": 0 if replayed is None else len(replayed), "replay/bytes": parts.replay.nbytes}
+    row |= {"time/rollout_s": rollout.rollout_s, "time/reward_s": rollout.reward_s}
+    return state, row | {"time/update_s": time.perf_counter() - start}
+
+
+def fit_value(parts: Parts, state: TrainState, batch: Minibatch) -> tuple[TrainState, Minibatch, dict[str, jax.Array]]:
+    """Updates the value network, where there is one, and gives the minibatch its predictions."""
+    if parts.value is None:
+        return state, batch, {}
+    value, metrics = state.value, {}
+    for _ in range(parts.traits.value_updates):
+        value, metrics = parts.value.update(value, batch)
+    batch = dataclasses.replace(batch, values=parts.value.predict(value, batch))
+    return dataclasses.replace(state, value=value), batch, metrics
+
+
+def describe_rewards(rollout: Rollout) -> dict[str, float]:
+    """Mean, spread and parts of an epoch's rewards."""
+    rewards = rollout.samples.rewards
+    row = {f"reward/{name}": float(getattr(rewards, name)()) for name in ("mean", "std", "min", "max")}
+    row |= {f"reward/{name}": nan_mean(part) for name, part in rollout.parts.items()}
+    return row | {"sample/distinct_prompts": len(set(rollout.prompts))}
+
+
+def recompute(
+    parts: Parts, state: TrainState, samples: Any, rng: np.random.Generator, batch_size: int, trained: np.ndarray
+) -> np.ndarray:
+    """The samples' log-probs by the learner's own network calls.
+
+    In bfloat16 the sampler's larger batch rounds differently than the update's microbatch, which moves the ratio of the
+    first update off 1 by more than the clip range.
+    """
+    columns = np.flatnonzero(trained).astype(np.int32)
+    log_prob = samples.log_prob.copy()
+    for start in range(0, len(samples), batch_size):
+        rows = slice(start, start + batch_size)
+        batch = batching.minibatch(rng, samples[rows], np.tile(columns, (len(samples[rows]), 1)))
+        terms = parts.learner.log_prob(
+            state.params, parts.model.reference, parts.model.frozen, parts.uncond, sharding.put_batch(batch, parts.mesh)
+        )
+        log_prob[rows, columns] = jax.device_get(terms.log_prob)
+    return log_prob
+
+
+def nan_mean(values: np.ndarray) -> float:
+    """Mean of what is not NaN; NaN if nothing is."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else math.nan

@@ -1,0 +1,94 @@
+"""What a run has trained: read from its folder, put into its model."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from ddpo_jax.config import default_config
+from ddpo_jax.config.defaults import FAMILIES
+from ddpo_jax.config.keys import flatten, from_json
+from ddpo_jax.errors import InputError
+from ddpo_jax.models.functional import check_shapes
+from ddpo_jax.training.build import Model, load_model
+from ddpo_jax.workdir.checkpoint import Checkpointer
+
+Epoch = int | str  # finished epochs of a checkpoint, or "latest", or "best" (by mean reward)
+
+
+def load_trained(
+    workdir: str | os.PathLike[str], epoch: Epoch = "latest", ema: bool = False, dtype: str | None = None
+) -> tuple[ConfigDict, Model]:
+    """The config of a run and its model with the trained parameters.
+
+    The run may still be going on; nothing is written. ``Model.reference`` stays the model before training.
+
+    Args:
+      workdir: folder of the run.
+      epoch: "latest", "best", or the number of finished epochs after which the checkpoint was saved.
+      ema: take the average of the parameters.
+      dtype: compute type of the networks; None takes the run's.
+
+    Raises:
+      InputError: no run, no such checkpoint, no average, or the model is not the one that was trained.
+    """
+    config = read_config(workdir)
+    _, params = read_params(workdir, config, epoch, ema)
+    if dtype is not None:
+        config = ConfigDict(config)
+        config.dtype = dtype
+    model = load_model(config)
+    shapes = [{name: value.shape for name, value in tree.items()} for tree in (model.params, params)]
+    check_shapes(*shapes)
+    model.params = {name: jnp.asarray(params[name]) for name in model.params}
+    return config, model
+
+
+def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
+    """The config that a run was started with, as it was resolved.
+
+    Raises:
+      InputError: there is none, or it is of another version of this package.
+    """
+    path = pathlib.Path(workdir).expanduser() / "config.json"
+    if not path.is_file():
+        raise InputError(f"--workdir: received '{workdir}'; there is no config.json in it; give the folder of a run")
+    config = from_json(path.read_text(encoding="utf-8"))
+    known = [key for key in flatten(default_config()) if key.partition(".")[0] not in FAMILIES]
+    absent = sorted(set(known) - set(flatten(config)))
+    if absent:
+        raise InputError(f"{path}: it lacks {', '.join(absent)}; it is of another version; use the one that wrote it")
+    return config
+
+
+def read_params(
+    workdir: str | os.PathLike[str], config: ConfigDict, epoch: Epoch = "latest", ema: bool = False
+) -> tuple[int, dict[str, np.ndarray]]:
+    """``(finished epochs, trained parameters by dotted name)``; with adapters these are the adapters' alone.
+
+    Args: as of ``load_trained``; ``config`` is the run's.
+    """
+    if ema and not config.train.ema_decay:
+        raise InputError("--ema: the run kept no average (train.ema_decay=0); it must be above 0; leave out --ema")
+    with Checkpointer(pathlib.Path(workdir).expanduser(), read_only=True) as saver:
+        number = _number(saver, epoch)
+        return number, saver.read(number, "state/ema" if ema else "state/params")
+
+
+def _number(saver: Checkpointer, epoch: Epoch) -> int:
+    there = saver.epochs()
+    if not there:
+        raise InputError(f"checkpoints: {saver.folder} holds none yet; wait for the first epoch of the run")
+    if epoch == "latest":
+        return there[-1]
+    if epoch == "best":
+        best = saver.best_epoch()
+        return there[-1] if best is None else best
+    if str(epoch).isdecimal() and int(epoch) in there:
+        return int(epoch)
+    numbers = ", ".join(map(str, there))
+    raise InputError(f"--epoch: received {epoch!r}; saved in {saver.folder} are {numbers}; use one, latest or best")

@@ -1,0 +1,251 @@
+"""What a run tells about itself: ``metrics.jsonl``, TensorBoard events, image grids, curves, a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from ddpo_jax.errors import InputError
+from ddpo_jax.workdir import grid
+
+FILE = "metrics.jsonl"
+
+
+class Writer:
+    """Writes ``metrics.jsonl``, TensorBoard events and the pictures in ``samples/`` into the folder of a run.
+
+    Args:
+      workdir: the folder; made if it does not exist.
+      start_epoch: first epoch this process will write. Rows of it and later ones, which a killed process left behind,
+        are dropped (and hidden in TensorBoard), so that every epoch appears once.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], start_epoch: int = 0):
+        self._workdir = pathlib.Path(workdir)
+        (self._workdir / "samples").mkdir(parents=True, exist_ok=True)
+        self._path = self._workdir / FILE
+        self._truncate(start_epoch)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._events = SummaryWriter(logdir=str(self._workdir), purge_step=start_epoch if start_epoch else None)
+
+    def _truncate(self, start_epoch: int) -> None:
+        rows = [row for row in read_metrics(self._workdir) if row["epoch"] < start_epoch]
+        temporary = self._path.with_suffix(".tmp")
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._path)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Appends one epoch, on disk when this returns.
+
+        Args:
+          row: ``epoch`` and scalars (Python, numpy or jax). A number that is not finite is written as null, because
+            JSON has no word for it.
+        """
+        plain = {key: _plain(key, value) for key, value in row.items()}
+        line = json.dumps(plain, allow_nan=False) + "\n"
+        os.write(self._file, line.encode())  # one write to a file opened for appending: whole or not at all
+        os.fsync(self._file)
+        for key, value in plain.items():
+            if key != "epoch" and isinstance(value, int | float):
+                self._events.add_scalar(key, value, plain["epoch"])
+        self._events.flush()
+
+    def images(
+        self, epoch: int, images: np.ndarray, prompts: Sequence[str], rewards: Sequence[float] | np.ndarray
+    ) -> pathlib.Path:
+        """Writes ``samples/epoch_NNNN.png`` and the same picture to TensorBoard.
+
+        Args:
+          epoch: number of the epoch.
+          images: u8[N,H,W,3].
+          prompts: N captions.
+          rewards: N numbers, written under the images.
+
+        Returns:
+          The path of the picture.
+        """
+        title = f"epoch {epoch}   mean reward of these {len(images)}: {np.mean(rewards):.4g}"
+        captions = [f"{prompt}\nreward {reward:.4g}" for prompt, reward in zip(prompts, rewards, strict=True)]
+        picture = grid.captioned(images, captions, title)
+        self._show("samples", picture, epoch)
+        return self._save(f"epoch_{epoch:04d}", picture)
+
+    def fixed(self, epochs: int, images: np.ndarray, prompts: Sequence[str]) -> None:
+        """Writes what the policy after ``epochs`` epochs makes of prompts and noise that stay the same.
+
+        ``samples/before.png`` if that is none, else ``samples/after.png`` and, next to each other,
+        ``samples/before_after.png``.
+
+        Args:
+          epochs: finished ones.
+          images: u8[N,H,W,3].
+          prompts: N captions.
+        """
+        title = f"after {epochs} epoch{'s' * (epochs > 1)}" if epochs else "before training"
+        picture = grid.captioned(images, prompts, title)
+        self._show("fixed_prompts", picture, epochs)
+        path, before = self._save("after" if epochs else "before", picture), self._workdir / "samples" / "before.png"
+        if path != before and before.exists():
+            with Image.open(before) as earlier:
+                self._save("before_after", grid.side_by_side([earlier, picture]))
+
+    def _show(self, tag: str, picture: Image.Image, step: int) -> None:
+        self._events.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+        self._events.flush()
+
+    def _save(self, name: str, picture: Image.Image) -> pathlib.Path:
+        path = self._workdir / "samples" / f"{name}.png"
+        temporary = path.with_suffix(".tmp")
+        picture.save(temporary, format="PNG")
+        os.replace(temporary, path)
+        return path
+
+    def close(self) -> None:
+        """Closes the files."""
+        os.close(self._file)
+        self._events.close()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of ``workdir/metrics.jsonl`` in order; none if there is no file.
+
+    A last line without its end (a machine that lost power) is left out.
+
+    Raises:
+      InputError: any other line is not a JSON object with an ``epoch``.
+    """
+    path = pathlib.Path(workdir) / FILE
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty or half a line
+        try:
+            row = json.loads(line)
+            row["epoch"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(
+                f"{path}, line {number}: expected a JSON object with a number 'epoch'; received "
+                f"{line[:80].decode(errors='replace')!r}; use another --workdir or remove that line"
+            ) from error
+        rows.append(row)
+    return rows
+
+
+def _plain(key: str, value: Any) -> int | float | str | None:
+    if isinstance(value, str | bool | int) or value is None:
+        return value
+    array = np.asarray(value)
+    if array.shape != () or array.dtype.kind not in "fiub":
+        raise InputError(f"metric {key}: expected a scalar; received {array.dtype}{list(array.shape)}")
+    number = array.item()
+    return number if math.isfinite(number) else None
+
+
+def plot_curve(
+    path: str | os.PathLike[str],
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    y: str = "reward/mean",
+    x: str = "reward_queries",
+) -> None:
+    """Draws one line per run to a PNG, by default mean reward against reward queries.
+
+    Args:
+      path: of the PNG.
+      runs: rows of ``read_metrics`` by label; rows without a value are left out.
+      y: metric of the vertical axis.
+      x: metric of the horizontal axis.
+    """
+    from matplotlib.figure import Figure  # here because it takes 0.5 s; Figure alone needs no display and no pyplot
+
+    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    for label, rows in runs.items():
+        points = [(row[x], row[y]) for row in rows if row[x] is not None and row[y] is not None]
+        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.6, marker="o" if len(points) == 1 else None)
+    axes.set_xlabel(x.replace("_", " "))
+    axes.set_ylabel(y.replace("/", " "))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+class Progress:
+    """Progress of a run: a bar on a terminal, one line per epoch elsewhere (a CI log, a file).
+
+    Args:
+      total_epochs: of the whole run.
+      start: epochs already done (a resumed run).
+      stream: where to; standard error by default.
+    """
+
+    def __init__(self, total_epochs: int, start: int = 0, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._total = total_epochs
+        self._done = start
+        self._ends = [time.monotonic()]
+        self._bar = None
+        if self._stream.isatty():
+            self._bar = tqdm(
+                total=total_epochs,
+                initial=start,
+                file=self._stream,
+                dynamic_ncols=True,
+                bar_format="{desc}{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {postfix}",
+            )
+
+    def phase(self, name: str) -> None:
+        """Says what the epoch is at ("sampling"); shown on a terminal only."""
+        if self._bar is not None:
+            self._bar.set_description_str(f"{name:<10}")
+
+    def update(self, row: Mapping[str, Any]) -> None:
+        """One more epoch is done; ``row`` is what went to ``Writer.write``."""
+        self._done += 1
+        self._ends.append(time.monotonic())
+        figures = f"reward {row['reward/mean']:.4g}  queries {row['reward_queries']}  {self._pace()}"
+        if self._bar is None:
+            print(f"epoch {self._done}/{self._total}  {figures}", file=self._stream, flush=True)
+        else:
+            self._bar.set_postfix_str(figures, refresh=False)
+            self._bar.update(1)
+
+    def _pace(self) -> str:
+        """Mean of the last ten epochs; the first of the process compiles, so it says nothing of those to come."""
+        if len(self._ends) == 2:
+            return f"{self._ends[1] - self._ends[0]:.3g} s with compilation"
+        ends = self._ends[1:][-11:]
+        seconds = (ends[-1] - ends[0]) / (len(ends) - 1)
+        return f"{seconds:.3g} s/epoch  ETA {duration(seconds * (self._total - self._done))}"
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """``3725`` as ``1:02:05``, ``65`` as ``1:05``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

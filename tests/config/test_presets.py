@@ -1,0 +1,176 @@
+"""The presets carry the papers' numbers; presets and sweeps resolve and are valid; the rule for the miniature."""
+
+import pathlib
+import runpy
+
+import pytest
+
+from ddpo_jax.config import keys, presets
+from ddpo_jax.config.override import override
+from ddpo_jax.config.resolve import resolve
+from ddpo_jax.config.validate import validate
+from ddpo_jax.main import load_file
+from ddpo_jax.studies import compare
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+PAPERS = ROOT / "configs" / "papers"
+SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.py"))
+
+SHARED = {"sample.eta": 1.0, "sample.guidance_scale": 5.0, "train.weight_decay": 1e-4, "train.max_grad_norm": 1.0}
+# Copied from the papers, not from the presets. "images" is per epoch.
+NUMBERS = {
+    "selective_timestep.py": {
+        **{"model": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sample.num_steps": 20, "train.learning_rate": 3e-5},
+        **{"images": 5 * 4, "train.batch_size": 4, "train.lora_rank": 4, "replay.k": 4, "replay.history": 3},
+        **{"replay.name": "hard", "weighting.name": "latent_change_squared", "algorithm.name": "ddpo"},
+        **{"train.adam_b1": 0.9, "train.adam_b2": 0.999, "prompts.name": "animals"},
+    },
+    "selective_timestep.py:algorithm=dpok,weighting=uniform,replay=none": {
+        **{"algorithm.name": "dpok", "replay.name": "none", "weighting.name": "uniform", "train.learning_rate": 3e-5},
+        **{"algorithm.reward_weight": 1000.0, "images": 20},
+    },
+    "selective_timestep.py:algorithm=b2_diffurl": {"algorithm.clip_range": 0.1, "algorithm.history": 8, "images": 20},
+    "ddpo.py": {
+        **{"model": "CompVis/stable-diffusion-v1-4", "images": 256, "train.batch_size": 64, "sample.num_steps": 50},
+        **{"train.learning_rate": 1e-5, "train.lora_rank": 0, "train.clip_range": 1e-4, "algorithm.name": "ddpo"},
+    },
+    "ddpo.py:algorithm=ddpo_sf": {"images": 256, "train.batch_size": 256, "train.learning_rate": 1e-5},
+    "rwr.py": {"images": 256, "algorithm.temperature": 0.2, "algorithm.softmax_over": "batch", "sample.num_steps": 50},
+    "rwr.py:algorithm=rwr_sparse": {"algorithm.threshold": 90.0, "algorithm.threshold_by": "percentile"},
+    "loop.py": {
+        **{"prompts.samples_per_prompt": 4, "train.batch_size": 8 * 4, "train.learning_rate": 1e-5},
+        **{"sample.num_steps": 50, "train.clip_range": 1e-4, "train.lora_rank": 0, "algorithm.name": "loop"},
+    },
+    "loop.py:prompts.samples_per_prompt=2": {"prompts.samples_per_prompt": 2, "train.batch_size": 32},
+    "loop.py:prompts.samples_per_prompt=3": {"prompts.samples_per_prompt": 3, "train.batch_size": 24},
+    "loop.py:algorithm=ddpo": {"prompts.samples_per_prompt": 1, "train.batch_size": 32, "images": 128},
+    "loop.py:algorithm=reinforce": {"prompts.samples_per_prompt": 1, "train.batch_size": 128, "images": 128},
+    "loop.py:algorithm=reinforce_bc": {"train.batch_size": 128, "images": 128},
+    "prdp.py": {  # section 4.4
+        **{"model": "CompVis/stable-diffusion-v1-4", "num_epochs": 250, "images": 32 * 16, "sample.num_steps": 50},
+        **{"prompts.samples_per_prompt": 16, "algorithm.kl_coef": 10.0, "prompts.template": "{animal}"},
+        **{"train.lora_rank": 0, "algorithm.log_prob_reduction": "sum"},
+    },
+    "prdp.py:reward=clip_score": {"num_epochs": 100, "images": 512, "prompts.template": "A painting of a {animal}"},
+    "prdp.py:algorithm=ddpo": {"num_epochs": 250, "images": 512, "train.batch_size": 128, "train.num_inner_epochs": 1},
+    "prdp.py:algorithm.refresh_every=0,algorithm.proximal=False": {"algorithm.refresh_every": 0},
+    "prdp_large.py:prompts.path=hpd.txt": {
+        **{"num_epochs": 1000, "images": 64 * 8, "prompts.samples_per_prompt": 8, "prompts.path": "hpd.txt"},
+    },
+    "prdp_large.py:algorithm=ddpo,prompts.path=hpd.txt": {"images": 512, "train.batch_size": 128},
+    "ddpo_iskl.py": {
+        **{"images": 8, "train.num_inner_epochs": 2, "train.batch_size": 8, "train.learning_rate": 3e-4},
+        **{"train.clip_range": 1e-4, "train.adam_eps": 1e-8, "sample.num_steps": 50, "train.lora_rank": 4},
+    },
+    "ddpo_iskl.py:algorithm=ddpo": {"images": 8, "train.num_inner_epochs": 2, "algorithm.name": "ddpo"},
+    "ddpo_iskl.py:algorithm=ddpo_sf": {"images": 16, "train.batch_size": 16},
+    "ddpo_iskl.py:train.learning_rate=3e-3": {"train.learning_rate": 3e-3},
+}
+
+
+def resolved(name: str, *overrides: tuple[str, str], backend: str = "gpu"):
+    file, colon, choices = name.partition(".py:")
+    path = pathlib.Path(file + ".py") if colon else pathlib.Path(name)
+    config = load_file(PAPERS / path, choices)
+    override(config, overrides)
+    config = resolve(config, backend)
+    validate(config, 1)
+    return config
+
+
+def with_images(config):
+    flat = keys.flatten(config)
+    return flat | {"images": config.sample.batch_size * config.sample.num_batches_per_epoch}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_preset_carries_the_papers_numbers(name):
+    found = with_images(resolved(name))
+    wanted = SHARED | NUMBERS[name]
+    assert {key: found[key] for key in wanted} == wanted
+
+
+def test_every_preset_is_in_the_table():
+    assert {path.name for path in PAPERS.glob("*.py")} == {name.partition(".py")[0] + ".py" for name in NUMBERS}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_preset_runs_on_the_miniature(name):
+    file, _, choices = name.partition(".py:")
+    choices = ",".join(c for c in choices.removeprefix(".py").split(",") if c and "path" not in c)
+    name = file.removesuffix(".py") + ".py:model=mini" + ("," + choices if choices else "")
+    config = resolved(name, backend="cpu")
+    found = with_images(config)
+    assert found["model"] == "mini" and found["prompts.name"] == "mini" and found["train.lora_rank"] == 0
+    assert found["sample.num_steps"] == 10 and found["train.clip_range"] is None  # the latent size decides
+    assert found["images"] <= 64 and 1500 <= found["images"] * found["num_epochs"] < 1500 + found["images"]
+    assert found["sample.guidance_scale"] == 5.0
+
+
+@pytest.mark.parametrize(
+    "name, rate",
+    [  # 1e-4 sqrt(images of an update / 64), by hand
+        ("selective_timestep.py:model=mini", 2.5e-5),
+        ("ddpo.py:model=mini", 5e-5),
+        ("ddpo.py:model=mini,algorithm=ddpo_sf", 5e-5),
+        ("prdp.py:model=mini", 5e-5),
+        ("prdp.py:model=mini,algorithm=ddpo", 5e-5),
+        ("ddpo_iskl.py:model=mini", 5e-5),
+        ("loop.py:model=mini", 6.1237244e-5),
+        ("loop.py:model=mini,algorithm=reinforce", 6.1237244e-5),
+    ],
+)
+def test_learning_rates_of_the_miniature(name, rate):
+    assert resolved(name, backend="cpu").train.learning_rate == pytest.approx(rate, rel=1e-6)
+
+
+def test_the_argument_has_the_last_word_on_the_miniature_too():
+    config = resolved(
+        "selective_timestep.py:train.learning_rate=1e-3,model=mini,num_epochs=7,replay.k=8", backend="cpu"
+    )
+    assert (config.train.learning_rate, config.num_epochs, config.replay.k) == (1e-3, 7, 8)
+
+
+def test_the_argument_is_split_into_model_members_and_the_rest():
+    arg = "num_epochs=3,model=mini,reward=aesthetic,replay.name=hard,replay.k=2,train.lora_targets=(a,b)"
+    parts = ("model=mini", "reward=aesthetic,replay.name=hard", "num_epochs=3,replay.k=2,train.lora_targets=(a,b)")
+    assert presets.split(arg) == parts
+
+
+@pytest.mark.parametrize("file", [pytest.param(file, id=file.stem) for file in SWEEPS])
+def test_a_sweep_resolves_is_sized_for_the_miniature_and_compares_like_with_like(file):
+    plan = runpy.run_path(str(file))
+    doc = " ".join(plan["__doc__"].split())
+    assert doc.startswith("Claim: ") and "Source: 00" in doc and "Show: " in doc
+    by_panel = {}
+    for run in plan["runs"]():
+        overrides = [(key, str(value)) for key, value in run.items() if key not in ("panel", "name", "config")]
+        config = resolved(run["config"].removeprefix("../papers/"), *overrides, backend="cpu")
+        assert (file.parent / run["config"].partition(":")[0]).is_file()
+        by_panel.setdefault(run["panel"], []).append(config)
+    for panel in by_panel.values():
+        flat = [with_images(config) for config in panel]
+        queries = {c["images"] * c["num_epochs"] for c in flat}
+        assert max(queries) - min(queries) <= 64 and (min(queries) < 1600 or min(queries) == 3840)
+        for key in ("sample.num_steps", "reward.name", "prompts.name", "sample.guidance_scale", "train.max_grad_norm"):
+            assert len({c[key] for c in flat}) == 1
+        rates = {c["train.learning_rate"] for c in flat}
+        assert len(rates) == 1 or file.stem in ("replay_rules", "iskl")  # which vary it on purpose
+        groups = compare.group([compare.Run(file, keys.flatten(config), []) for config in panel])
+        assert len(groups) == len(panel)  # no two runs are the same but for the seed
+        assert len(compare.matching(groups, plan.get("BASELINE", groups[0].label))) == 1
+
+
+def test_every_row_of_the_evidence_has_a_sweep():
+    assert {file.stem for file in SWEEPS} == {
+        "weighting_and_replay",
+        "policy_gradients",
+        "policy_gradients_by_category",
+        "weighting_schemes",
+        "replay_rules",
+        "other_algorithms",
+        "generalization",
+        "policy_gradient_or_regression",
+        "prdp",
+        "iskl",
+    }

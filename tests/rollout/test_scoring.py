@@ -1,0 +1,149 @@
+"""The reward runner: what it hands on, what it refuses and how it says so."""
+
+import sys
+import threading
+import time
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from ddpo_jax.rollout import scoring as reward_runner
+from ddpo_jax.rollout.scoring import RewardError, RewardRunner
+
+PROMPTS = ["a cat", "a dog", "a fox"]
+IMAGES = np.zeros((3, 4, 4, 3), np.uint8)
+METADATA = [{}, {"index": 1}, {}]
+
+
+def run(fn, name="test"):
+    with RewardRunner(fn, name=name) as runner:
+        return runner.submit(IMAGES, PROMPTS, METADATA).result()
+
+
+@pytest.mark.parametrize("kind", [list, np.float64, np.int32, np.float16, "jax", "bfloat16"])
+def test_scores_come_back_as_float32(kind):
+    values = [1, 2, -3]
+    if kind == "jax":
+        output = jnp.asarray(values, jnp.float32)
+    elif kind == "bfloat16":
+        output = jnp.asarray(values, jnp.bfloat16)
+    else:
+        output = values if kind is list else np.asarray(values, kind)
+    scores, parts = run(lambda *_: output)
+    assert scores.dtype == np.float32 and parts == {}
+    np.testing.assert_array_equal(scores, [1, 2, -3])
+
+
+def test_the_reward_sees_its_batch_and_nan_parts_pass():
+    seen = {}
+
+    def fn(images, prompts, metadata):
+        seen.update(images=images, prompts=prompts, metadata=metadata)
+        return np.ones(3), {"relation": np.array([np.nan, 0.5, np.nan])}
+
+    scores, parts = run(fn)
+    np.testing.assert_array_equal(seen["images"], IMAGES)
+    assert seen["prompts"] == PROMPTS and seen["metadata"] == METADATA
+    np.testing.assert_array_equal(scores, 1)
+    assert parts["relation"].dtype == np.float32
+    np.testing.assert_array_equal(parts["relation"], np.float32([np.nan, 0.5, np.nan]))
+
+
+def broken(images, prompts, metadata):
+    raise KeyError("no such\nsubject")
+
+
+def mutates(images, prompts, metadata):
+    images[0] = 1
+    return np.ones(3)
+
+
+def mutates_prompts(images, prompts, metadata):
+    prompts[1] = "changed"
+    return [0.0, np.nan, np.inf]
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (broken, r"'test' raised KeyError: 'no such\\nsubject'"),
+        (mutates, r"ValueError: assignment destination is read-only"),
+        (mutates_prompts, r"returned nan for image 1 \(prompt 'a dog'\); 2 of 3 scores are not finite; .* finite"),
+        (lambda *_: [0.0, 0.0, -np.inf], r"returned -inf for image 2 \(prompt 'a fox'\); 1 of 3"),
+        (lambda *_: [1e300, 0.0, 0.0], r"returned inf for image 0"),
+        (lambda *_: np.ones(2), r"returned shape \(2,\); it must return shape \(3,\)"),
+        (lambda *_: np.ones((3, 1)), r"returned shape \(3, 1\)"),
+        (lambda *_: 1.0, r"returned shape \(\)"),
+        (lambda *_: None, r"returned None; it must return 3 scores"),
+        (lambda *_: ["a", "b", "c"], r"dtype <U1; it must return real numbers"),
+        (lambda *_: np.ones(3, complex), r"dtype complex128; it must return real numbers"),
+        (lambda *_: np.ones(3, bool), r"dtype bool"),
+        (lambda *_: [[1.0], [1.0, 2.0], 3.0], r"list that is not an array of numbers"),
+        (lambda *_: (np.ones(3), np.ones(3)), r"tuple of \(ndarray, ndarray\); .* \(N scores, dict of parts\)"),
+        (lambda *_: (np.ones(3), {"color": np.ones(4)}), r"part 'color', returned shape \(4,\)"),
+        (lambda *_: (np.ones(3), {7: np.ones(3)}), r"a part named 7"),
+    ],
+)
+def test_unusable_rewards_are_one_clear_line(fn, message):
+    with pytest.raises(RewardError, match=message) as caught:
+        run(fn)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_error_keeps_its_cause_and_the_runner_goes_on():
+    with RewardRunner(lambda images, prompts, metadata: 1 / (len(prompts) - 3) * np.ones(len(prompts))) as runner:
+        bad = runner.submit(IMAGES, PROMPTS, METADATA)
+        good = runner.submit(IMAGES[:2], PROMPTS[:2], METADATA[:2])
+        with pytest.raises(RewardError) as caught:
+            bad.result()
+        assert isinstance(caught.value.__cause__, ZeroDivisionError)
+        np.testing.assert_array_equal(good.result()[0], [-1, -1])
+
+
+def test_it_runs_in_the_background_and_times_the_reward_alone():
+    gate = threading.Event()
+
+    def fn(images, prompts, metadata):
+        gate.wait(10)
+        time.sleep(0.05)
+        return np.full(len(prompts), metadata[0]["batch"])
+
+    with RewardRunner(fn) as runner:
+        pending = [runner.submit(IMAGES, PROMPTS, [{"batch": i}] * 3) for i in range(2)]
+        assert not pending[0].done()
+        gate.set()
+        for i, one in enumerate(pending):  # in the order of submission
+            np.testing.assert_array_equal(one.result()[0], i)
+        assert 0.05 <= pending[1].seconds < 5.0  # its own run, not the wait for the gate and for the first batch
+
+
+def test_mismatched_batches_and_worker_counts_are_refused():
+    with RewardRunner(lambda *_: np.ones(3)) as runner, pytest.raises(ValueError, match=r"3 images, 2 prompts"):
+        runner.submit(IMAGES, PROMPTS[:2], METADATA)
+    with pytest.raises(ValueError, match=r"max_workers=0 must be at least 1"):
+        RewardRunner(lambda *_: None, max_workers=0)
+
+
+def test_a_reward_of_the_users_own(tmp_path, monkeypatch):
+    (tmp_path / "own_xyz").mkdir()
+    (tmp_path / "own_xyz" / "rewards.py").write_text(
+        "def length(images, prompts, metadata):\n"
+        "    return [len(p) for p in prompts], {'n': [m.get('index', 0) for m in metadata]}\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    fn = reward_runner.make_reward(ml_collections.ConfigDict({"name": "own_xyz.rewards:length"}))
+    scores, parts = run(fn)
+    np.testing.assert_array_equal(scores, [5, 5, 5])
+    np.testing.assert_array_equal(parts["n"], [0, 1, 0])
+    with pytest.raises(ValueError, match=r"own_xyz\.rewards.*no function make\(config\).*own_xyz\.rewards:function"):
+        reward_runner.make_reward(ml_collections.ConfigDict({"name": "own_xyz.rewards"}))
+    with pytest.raises(ValueError, match=r"jpeg_compressibility"):
+        reward_runner.make_reward(ml_collections.ConfigDict({"name": "jpeg_compresibility"}))
+
+
+def test_a_reward_of_the_package():
+    fn = reward_runner.make_reward(ml_collections.ConfigDict({"name": "jpeg_incompressibility"}))
+    scores, parts = run(fn, "jpeg_incompressibility")
+    np.testing.assert_array_equal(scores, parts["jpeg_kb"])

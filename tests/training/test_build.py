@@ -1,0 +1,28 @@
+"""What a run holds in memory before its first update."""
+
+import weakref
+
+import pytest
+from tiny import quick_compilation, tiny_config, tiny_pipeline_folder
+
+from ddpo_jax.training.build import build, describe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_pipeline_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@quick_compilation()
+def test_the_loaded_parameters_do_not_outlive_their_copy_in_the_state(folder, rank):
+    config = tiny_config(folder, **{"train.lora_rank": rank, "mesh.data": 1})
+    parts = build(config)
+    loaded = {name: weakref.ref(value) for name, value in parts.model.params.items()}
+    before = describe(parts, config)
+    state = parts.init()
+    assert [name for name, value in loaded.items() if value() is not None] == []
+    assert {name: (x.shape, x.dtype) for name, x in parts.model.params.items()} == {
+        name: (x.shape, x.dtype) for name, x in state.params.items()
+    }
+    assert describe(parts, config) == before  # the start-up log of a run that was restored
