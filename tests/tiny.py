@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from ddpo_jax.config import default_config
 from ddpo_jax.config.override import override
-from ddpo_jax.config.resolve import resolve
+from ddpo_jax.config.ready import Ready, make_ready
 from ddpo_jax.models import keys, pipeline
 from ddpo_jax.models.clip import CLIPText, CLIPTextConfig
 from ddpo_jax.models.tokenizer import train_bpe
@@ -139,9 +139,14 @@ def tiny_config(folder: pathlib.Path, **overrides: Any) -> ConfigDict:
       folder: of ``tiny_pipeline_folder``.
       overrides: dotted keys (``**{"train.lora_rank": 2}``); the name of a member brings the member's own keys.
     """
+    return ConfigDict(tiny_ready(folder, **overrides).config)
+
+
+def tiny_ready(folder: pathlib.Path, **overrides: Any) -> Ready:
+    """The same, valid and with its members: what ``build`` and ``train`` take."""
     config = default_config()
     override(config, [(key, str(value)) for key, value in (settings(folder) | overrides).items()])
-    return resolve(config, jax.default_backend(), jax.device_count())
+    return make_ready(config, jax.default_backend(), jax.device_count())
 
 
 def settings(folder: pathlib.Path) -> dict[str, Any]:

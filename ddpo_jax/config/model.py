@@ -80,10 +80,9 @@ def is_miniature(model: str) -> bool:
     if model == "mini":
         return True
     try:
-        local = pathlib.Path(model).expanduser().is_dir()
-    except (OSError, RuntimeError, ValueError):  # said by ``local_folder``
+        return local_folder(model) is not None and max(latent_shape(model, "")[:2]) <= MINIATURE_SIDE
+    except InputError:  # which ``validate`` reports
         return False
-    return local and max(latent_shape(model, "")[:2]) <= MINIATURE_SIDE
 
 
 def default_clip_range(num_dims: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -59,7 +60,8 @@ def resolve(config: ConfigDict, backend: str, num_devices: int = 1) -> tuple[Con
     if config.train.recompute_log_prob == "auto":  # bfloat16 rounds differently at the sampler's batch size
         config.train.recompute_log_prob = "on" if config.dtype == "bfloat16" else "off"
     if config.train.clip_range is None:
-        config.train.clip_range = default_clip_range(math.prod(latent_shape(config.model, config.revision)))
+        with contextlib.suppress(InputError):  # of the model, which ``validate`` reports with all other faults
+            config.train.clip_range = default_clip_range(math.prod(latent_shape(config.model, config.revision)))
     if config.train.batch_size is None:
         config.train.batch_size = _train_batch_size(config, traits, _pick(UPDATES_PER_EPOCH, mini))
     if config.mesh.data == -1 and backend == "cpu":

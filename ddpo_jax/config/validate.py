@@ -109,9 +109,14 @@ def validate(config: ConfigDict, members: Members, num_devices: int) -> None:
     if not broken & {"sample.batch_size", "sample.num_batches_per_epoch", "prompts.samples_per_prompt",
                      "replay.k", "replay.history"}:  # fmt: skip
         faults += _replay(config, members, traits, _used(config, num_devices))
-    if not broken & {"sample.num_steps", "sample.batch_size", "sample.num_batches_per_epoch"}:
-        faults += _memory(config)
-    faults += _reward(config, members)
+    try:
+        latents = latent_shape(config.model, config.revision)
+    except InputError as error:
+        faults.append(str(error))
+    else:
+        if not broken & {"sample.num_steps", "sample.batch_size", "sample.num_batches_per_epoch"}:
+            faults += _memory(config, latents)
+        faults += _reward(config, members)
     if faults:
         raise InputError("\n".join(faults))
 
@@ -227,10 +232,9 @@ def _reward(config: ConfigDict, members: Members) -> Iterator[str]:
         )
 
 
-def _memory(config: ConfigDict) -> Iterator[str]:
+def _memory(config: ConfigDict, latents: tuple[int, int, int]) -> Iterator[str]:
     """The latents of an epoch, of what replay keeps, and of the images stay in this host's memory."""
-    h, w, c = latent_shape(config.model, config.revision)
-    sample = config.sample
+    (h, w, c), sample = latents, config.sample
     images = sample.batch_size * sample.num_batches_per_epoch
     kept = images * (1 + (config.replay.history if config.replay.name != "none" else 0))
     wanted = kept * (sample.num_steps + 1) * h * w * c * 4 + images * (8 * h * 8 * w * 3)

@@ -8,18 +8,21 @@ import re
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from models.test_models_pipeline import build as build_torch
 
 from ddpo_jax.commands import _cli as cli
 from ddpo_jax.commands import sample
-from ddpo_jax.commands.export import LORA_FILE, main
+from ddpo_jax.commands.export import main
 from ddpo_jax.config import default_config
 from ddpo_jax.config.override import override
+from ddpo_jax.config.ready import make_ready
 from ddpo_jax.diffusion.policy import per_sample_normal
 from ddpo_jax.diffusion.sampler import _INITIAL
 from ddpo_jax.models import lora, pipeline
-from ddpo_jax.training import loop as train
 from ddpo_jax.training import trained
+from ddpo_jax.training.export import LORA_FILE
+from ddpo_jax.training.loop import train
 from ddpo_jax.workdir.checkpoint import Checkpointer
 
 torch = pytest.importorskip("torch")
@@ -63,7 +66,7 @@ def runs(base, tmp_path_factory):
             }
             config = default_config()
             override(config, [(key, str(value)) for key, value in keys.items()])
-            train.train(config, made[rank] / "work")
+            train(make_ready(config, jax.default_backend(), jax.device_count()), made[rank] / "work")
         return made[rank] / "work"
 
     return run
@@ -72,7 +75,7 @@ def runs(base, tmp_path_factory):
 def ours(workdir, *, steps=4, epoch="latest", ema=False):
     """(images, initial noise) of the trained weights by DDIM without noise."""
     config, model = trained.load_trained(workdir, epoch, ema)
-    config = config.copy_and_resolve_references()
+    config = ConfigDict(config)
     config.sample.num_steps, config.sample.eta = steps, 0.0
     images = sample.draw(model, PROMPTS, config, SEED, 1)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(SEED), i))(np.zeros(len(PROMPTS), np.int32))
@@ -166,9 +169,11 @@ def test_peft_reads_the_file_and_writes_it_back(runs, base, tmp_path):
 def test_the_file_is_sampled_without_the_run(runs, base, tmp_path, capsys):
     assert command(f"--workdir={runs(2)}", f"--out={tmp_path}") == 0
     file = str(tmp_path / LORA_FILE)
-    config, model, name = sample.load(argparse.Namespace(model=str(base), workdir="", lora=file))
+    config, model, name = sample.load(
+        argparse.Namespace(model=str(base), workdir="", lora=file), jax.default_backend(), 1
+    )
     assert name == f"{base} with {file}"
-    config = config.copy_and_resolve_references()
+    config = ConfigDict(config)
     config.sample.num_steps, config.sample.eta = 4, 0.0
     assert_same_images(sample.draw(model, PROMPTS, config, SEED, 1), ours(runs(2))[0])
 

@@ -7,12 +7,13 @@ from ml_collections import ConfigDict
 
 from ddpo_jax import find
 from ddpo_jax.config import choose, default_config, keys, with_choices
-from ddpo_jax.config.defaults import FAMILIES, SHARED, STABLE_DIFFUSION
+from ddpo_jax.config.defaults import BY_NAME, FAMILIES, KEYS, STABLE_DIFFUSION
 from ddpo_jax.config.keys import from_json, to_json
+from ddpo_jax.config.model import default_clip_range
 from ddpo_jax.config.override import declared_type, override
-from ddpo_jax.config.resolve import default_clip_range, resolve
-from ddpo_jax.config.validate import RULES, validate
-from ddpo_jax.main import documented_keys
+from ddpo_jax.config.ready import make_ready
+from ddpo_jax.config.resolve import resolve
+from ddpo_jax.config.validate import RULES
 from ddpo_jax.workdir.folder import diff_that_matters
 
 FAMILY_KEYS = re.compile(rf"({'|'.join(FAMILIES)})\.")
@@ -22,10 +23,16 @@ def lines(error: pytest.ExceptionInfo) -> list[str]:
     return str(error.value).splitlines()
 
 
+def checked(*overrides: str, backend: str = "cpu", devices: int = 1) -> ConfigDict:
+    config = default_config()
+    override(config, [tuple(text.split("=", 1)) for text in overrides])
+    return make_ready(config, backend, devices).config
+
+
 def made(*overrides: str, backend: str = "cpu", devices: int = 1) -> ConfigDict:
     config = default_config()
     override(config, [tuple(text.split("=", 1)) for text in overrides])
-    return resolve(config, backend, devices)
+    return resolve(config, backend, devices)[0]
 
 
 @pytest.fixture
@@ -55,13 +62,12 @@ def algorithm(**declared) -> str:
 # ---- defaults ----
 
 
-def test_every_key_has_a_comment():
-    documented = {key: comment for key, _, comment in documented_keys()}
-    members = {key for key in keys.flatten(default_config()) if FAMILY_KEYS.match(key)}
-    shared = {f"{family}.{key}" for family, names in SHARED.items() for key in (*names, "name")}
-    run = {key for key in keys.flatten(default_config()) if key not in members or key in shared}
-    assert run | {f"{family}.name" for family in FAMILIES} == set(documented)
-    assert all(len(comment) > 10 for comment in documented.values()), documented
+def test_every_key_has_a_meaning_and_is_in_the_config_once():
+    assert len({key.name for key in KEYS}) == len(KEYS)
+    own = {key for key in keys.flatten(default_config()) if key not in BY_NAME}
+    assert all(FAMILY_KEYS.match(key) for key in own)  # options of the default members
+    assert set(BY_NAME) <= set(keys.flatten(default_config()))
+    assert all(len(key.meaning) > 10 for key in KEYS)
 
 
 def test_keys_others_script_against():
@@ -88,16 +94,17 @@ def test_model_and_everything_with_it_follow_the_machine():
     assert (gpu.sample.num_steps, gpu.train.lora_rank) == (50, 4)
     assert made("model=mini", backend="gpu").dtype == "float32"
     assert made("model=a/b").sample.num_steps == 50  # a hub id has Stable Diffusion's defaults on any machine
-    assert {key for key, value in keys.flatten(gpu).items() if value is None} == {"train.clip_range"}
+    assert {key for key, value in keys.flatten(gpu).items() if value is None} == set()
+    assert gpu.train.clip_range == pytest.approx(1e-4) and cpu.train.clip_range == pytest.approx(8e-4)
 
 
 def test_resolve_keeps_what_is_given_and_its_argument():
     config = default_config()
     override(config, [("sample.num_steps", "7"), ("prompts.name", "animals"), ("dtype", "bfloat16")])
-    resolved = resolve(config, "cpu")
+    resolved, _ = resolve(config, "cpu")
     assert (resolved.sample.num_steps, resolved.prompts.name, resolved.dtype) == (7, "animals", "bfloat16")
     assert config.model == "auto" and config.sample.batch_size is None
-    assert resolve(resolved, "gpu") == resolved
+    assert resolve(resolved, "gpu")[0] == resolved
 
 
 def test_a_folder_of_the_miniatures_size_gets_its_defaults(tmp_path):
@@ -119,7 +126,7 @@ def test_default_clip_range_by_hand():
 @pytest.mark.parametrize("backend, devices", [("cpu", 1), ("cpu", 8), ("gpu", 1), ("tpu", 8)])
 @pytest.mark.parametrize("name", find.available("algorithms"))
 def test_every_algorithm_runs_with_the_defaults(name, backend, devices):
-    validate(made(f"algorithm.name={name}", backend=backend, devices=devices), devices)
+    checked(f"algorithm.name={name}", backend=backend, devices=devices)
 
 
 def test_default_batches():
@@ -286,7 +293,7 @@ def test_resolve_refuses_made_up_keys_and_types():
 def test_resolve_turns_whole_numbers_into_declared_numbers():
     config = default_config()
     config.train.learning_rate = 1
-    assert type(resolve(config, "cpu").train.learning_rate) is float
+    assert type(resolve(config, "cpu")[0].train.learning_rate) is float
 
 
 # ---- rules ----
@@ -303,7 +310,7 @@ def test_every_rule_names_its_key_value_and_fix(key):
     config, value = made(), WRONG.get(key, -2)
     keys.put(config, key, float(value) if declared_type(default_config(), key) is float else value)
     with pytest.raises(ValueError) as error:
-        validate(config, 1)
+        make_ready(config, "cpu", 1)
     (line,) = [line for line in lines(error) if line.startswith(f"{key}: received {keys.get(config, key)!r}; ")]
     assert len(line.split("; ")) >= 3
 
@@ -342,15 +349,15 @@ def test_every_rule_names_its_key_value_and_fix(key):
 )
 def test_rules_between_keys(overrides, devices, key, fixed):
     with pytest.raises(ValueError) as error:
-        validate(made(*overrides, devices=devices), devices)
+        checked(*overrides, devices=devices)
     assert any(line.startswith(f"{key}: received ") and fixed in line for line in lines(error)), str(error.value)
 
 
 def test_replay_needs_importance_ratios(own):
     rule = own("rule", "def default_config(): return ConfigDict()\n")
-    validate(made(f"replay.name={rule}"), 1)
+    checked(f"replay.name={rule}")
     with pytest.raises(ValueError, match="^replay.name: received .*no importance ratio.*; use replay.name=none"):
-        validate(made(f"replay.name={rule}", "algorithm.name=ddpo_sf"), 1)
+        checked(f"replay.name={rule}", "algorithm.name=ddpo_sf")
 
 
 def test_rules_read_the_traits_of_a_users_algorithm(own):
@@ -362,14 +369,14 @@ def test_rules_read_the_traits_of_a_users_algorithm(own):
         "train.timestep_fraction=0.5",
     ]
     with pytest.raises(ValueError) as error:
-        validate(made(*overrides), 1)
+        checked(*overrides)
     assert [line.split(":")[0] for line in lines(error)] == ["prompts.samples_per_prompt", "train.timestep_fraction"]
 
 
 def test_validate_reports_every_fault_at_once():
     overrides = ["seed=-1", "sample.eta=0", "train.batch_size=60", "log.num_images=0", "model=~/nowhere", "mesh.data=3"]
     with pytest.raises(ValueError) as error:
-        validate(made(*overrides), 1)
+        checked(*overrides)
     found = sorted(line.split(":")[0] for line in lines(error))
     assert found == ["log.num_images", "mesh.data", "model", "sample.eta", "seed", "train.batch_size"]
 

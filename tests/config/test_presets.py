@@ -6,10 +6,9 @@ import runpy
 import pytest
 
 from ddpo_jax.config import keys, presets
+from ddpo_jax.config.file import load_file
 from ddpo_jax.config.override import override
-from ddpo_jax.config.resolve import resolve
-from ddpo_jax.config.validate import validate
-from ddpo_jax.main import load_file
+from ddpo_jax.config.ready import make_ready
 from ddpo_jax.studies import compare
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -73,9 +72,7 @@ def resolved(name: str, *overrides: tuple[str, str], backend: str = "gpu"):
     path = pathlib.Path(file + ".py") if colon else pathlib.Path(name)
     config = load_file(PAPERS / path, choices)
     override(config, overrides)
-    config = resolve(config, backend)
-    validate(config, 1)
-    return config
+    return make_ready(config, backend, 1).config
 
 
 def with_images(config):

@@ -158,11 +158,11 @@ def test_the_work_of_training_everything_is_three_forwards_and_of_adapters_two()
     work = {}
     for rank in (0, 1):
         config.train.lora_rank = rank
-        work[rank] = capacity.work(resolve(config, "cpu"), TINY)
+        work[rank] = capacity.work(resolve(config, "cpu")[0], TINY)
     assert work[0].update_step / work[0].rollout_step == pytest.approx(3, rel=0.1)
     assert 1.8 < work[1].update_step / work[1].rollout_step < 2.6
     config.sample.guidance_scale = 1.0
-    once = capacity.work(resolve(config, "cpu"), TINY)
+    once = capacity.work(resolve(config, "cpu")[0], TINY)
     assert once.rollout_step == pytest.approx(work[1].rollout_step / 2, rel=0.01)
 
 

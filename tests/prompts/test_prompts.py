@@ -1,5 +1,7 @@
 """Prompt sources: the conformance of every source, the papers' animals, files, the user's own function."""
 
+import json.tool
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -14,7 +16,7 @@ def made(name: str, **options):
     if ":" not in name:
         config.update(find.find("prompts", name).default_config())
     config.update(options)
-    return make_prompts(config)
+    return make_prompts(config, find.find("prompts", name))
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -198,4 +200,4 @@ def test_own_functions_that_are_not_there(own, name):
 
 def test_own_module_without_make():
     with pytest.raises(ValueError, match="no function make"):
-        make_prompts(ConfigDict({"name": "json.tool", "samples_per_prompt": 1}))
+        make_prompts(ConfigDict({"name": "json.tool", "samples_per_prompt": 1}), json.tool)

@@ -9,8 +9,7 @@ from ml_collections import ConfigDict
 from ddpo_jax import find
 from ddpo_jax.config import default_config
 from ddpo_jax.config.override import override
-from ddpo_jax.config.resolve import resolve
-from ddpo_jax.config.validate import validate
+from ddpo_jax.config.ready import make_ready
 from ddpo_jax.replay.buffer import Buffer
 from ddpo_jax.types import Samples
 from ddpo_jax.workdir.checkpoint import Checkpointer
@@ -222,7 +221,7 @@ def faults(num_devices=1, **overrides):
     given = {"model": "mini", "sample.batch_size": 8, "sample.num_batches_per_epoch": 2, "replay.name": "hard"}
     override(config, [(key, str(value)) for key, value in (given | overrides).items()])
     try:
-        validate(resolve(config, "cpu", num_devices), num_devices)
+        make_ready(config, "cpu", num_devices)
     except ValueError as error:
         return str(error).splitlines()
     return []

@@ -33,7 +33,7 @@ def reward(request):
         config[key] = mini
     config.name = request.param
     try:
-        return make_reward(config)
+        return make_reward(config, module)
     except ValueError as error:
         if str(_clip.ASSETS) in str(error):
             pytest.skip(f"the embedded weights are not trained yet: {error}")

@@ -9,6 +9,7 @@ import ml_collections
 import numpy as np
 import pytest
 
+from ddpo_jax.find import find
 from ddpo_jax.rollout import scoring as reward_runner
 from ddpo_jax.rollout.scoring import RewardError, RewardRunner
 
@@ -126,6 +127,10 @@ def test_mismatched_batches_and_worker_counts_are_refused():
         RewardRunner(lambda *_: None, max_workers=0)
 
 
+def made(name):
+    return reward_runner.make_reward(ml_collections.ConfigDict({"name": name}), find("rewards", name))
+
+
 def test_a_reward_of_the_users_own(tmp_path, monkeypatch):
     (tmp_path / "own_xyz").mkdir()
     (tmp_path / "own_xyz" / "rewards.py").write_text(
@@ -133,17 +138,17 @@ def test_a_reward_of_the_users_own(tmp_path, monkeypatch):
         "    return [len(p) for p in prompts], {'n': [m.get('index', 0) for m in metadata]}\n"
     )
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-    fn = reward_runner.make_reward(ml_collections.ConfigDict({"name": "own_xyz.rewards:length"}))
+    fn = made("own_xyz.rewards:length")
     scores, parts = run(fn)
     np.testing.assert_array_equal(scores, [5, 5, 5])
     np.testing.assert_array_equal(parts["n"], [0, 1, 0])
     with pytest.raises(ValueError, match=r"own_xyz\.rewards.*no function make\(config\).*own_xyz\.rewards:function"):
-        reward_runner.make_reward(ml_collections.ConfigDict({"name": "own_xyz.rewards"}))
+        made("own_xyz.rewards")
     with pytest.raises(ValueError, match=r"jpeg_compressibility"):
-        reward_runner.make_reward(ml_collections.ConfigDict({"name": "jpeg_compresibility"}))
+        made("jpeg_compresibility")
 
 
 def test_a_reward_of_the_package():
-    fn = reward_runner.make_reward(ml_collections.ConfigDict({"name": "jpeg_incompressibility"}))
+    fn = made("jpeg_incompressibility")
     scores, parts = run(fn, "jpeg_incompressibility")
     np.testing.assert_array_equal(scores, parts["jpeg_kb"])

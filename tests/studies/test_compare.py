@@ -81,7 +81,7 @@ def write(folder, rewards, seed=0, step=10, **overrides):
     config = default_config()
     override(config, [("model", "mini"), *((key, str(value)) for key, value in overrides.items())])
     config.seed = seed
-    (folder / "config.json").write_text(to_json(resolve(config, "cpu")))
+    (folder / "config.json").write_text(to_json(resolve(config, "cpu")[0]))
     rows = [
         {"epoch": i, "reward_queries": step * (i + 1), "reward/mean": r, "time/rollout_s": 1.0, "time/update_s": 0.5}
         for i, r in enumerate(rewards)

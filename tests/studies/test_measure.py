@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_config, tiny_pipeline_folder
+from tiny import tiny_config, tiny_pipeline_folder, tiny_ready
 
 from ddpo_jax import find
 from ddpo_jax.commands import _cli as cli
@@ -63,11 +63,12 @@ def known_variances(the_schedule):
 
 
 def test_branch_variance_and_x0_change_of_a_known_policy(folder, monkeypatch, no_network):
-    config = tiny_config(folder, **{"sample.batch_size": 64, "train.batch_size": 64})
+    ready = tiny_ready(folder, **{"sample.batch_size": 64, "train.batch_size": 64})
+    config = ready.config
     model = no_network(config)
-    monkeypatch.setattr(measure, "make_reward", lambda config: corner)
+    monkeypatch.setattr(measure, "make_reward", lambda config, member: corner)
     plan = measure.Plan(num_prompts=8, repeats=2, branches=33)
-    table = measure.measure(config, plan)
+    table = measure.measure(ready, plan)
     the_schedule = schedule.make(model.pipeline.scheduler_config, 3, 1.0)
     want = np.array(known_variances(the_schedule))
     # The mean of 16 unbiased variances of 33 normals has relative deviation sqrt(2 / 32 / 16) = 6 %; five of them.

@@ -53,7 +53,7 @@ def standin(tmp_path, monkeypatch):
     for name, rewards in (("ddpo", [0.0, 1.0]), ("loop", [1.0, 2.0])):
         config = default_config()
         override(config, [("model", "mini"), ("algorithm.name", name)])
-        (folder / f"{name}.json").write_text(to_json(resolve(config, "cpu")))
+        (folder / f"{name}.json").write_text(to_json(resolve(config, "cpu")[0]))
         rows = [{"epoch": i, "reward_queries": 8 * i + 8, "reward/mean": r} for i, r in enumerate(rewards)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     calls = folder / "calls.txt"

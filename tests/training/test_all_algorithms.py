@@ -3,12 +3,13 @@
 The files are discovered, so a new algorithm is tested without an edit here.
 """
 
+import re
+
 import numpy as np
 import pytest
-from tiny import SMALLEST_UNET, quick_compilation, tiny_config, tiny_pipeline_folder
+from tiny import SMALLEST_UNET, quick_compilation, tiny_pipeline_folder, tiny_ready
 
 from ddpo_jax import find
-from ddpo_jax.config.validate import validate
 from ddpo_jax.training.loop import train
 from ddpo_jax.workdir import checkpoint, metrics
 
@@ -32,7 +33,7 @@ def test_it_trains_weighted_and_replayed(name, folder, tmp_path):
     replayed = not traits(name).on_policy
     chosen = {"algorithm.name": name, "weighting.name": "latent_change_squared"}
     chosen |= {"replay.name": "hard"} if replayed else {}
-    train(tiny_config(folder, **SMALL, **chosen), tmp_path)
+    train(tiny_ready(folder, **SMALL, **chosen), tmp_path)
     rows = metrics.read_metrics(tmp_path)
     assert [row["epoch"] for row in rows] == [0, 1] and [row["reward_queries"] for row in rows] == [8, 16]
     assert all(np.isfinite(row["train/loss"]) and row["train/grad_norm"] > 0 for row in rows)
@@ -53,9 +54,8 @@ def test_what_does_not_go_together_is_refused_with_the_reason(name, folder):
     used = traits(name)
 
     def refusal(**changes):
-        config = tiny_config(folder, **{**SMALL, "algorithm.name": name, **changes})
         try:
-            validate(config, 8)
+            tiny_ready(folder, **{**SMALL, "algorithm.name": name, **changes})
         except ValueError as error:
             return str(error)
         return ""
@@ -74,8 +74,7 @@ def test_what_does_not_go_together_is_refused_with_the_reason(name, folder):
 
 
 def assert_refused_if(refused, message, reason):
-    if not refused:
+    if refused:
+        assert re.search(reason, message), message
+    else:
         assert message == ""
-        return
-    with pytest.raises(ValueError, match=reason):
-        raise ValueError(message)

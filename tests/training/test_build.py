@@ -3,7 +3,7 @@
 import weakref
 
 import pytest
-from tiny import quick_compilation, tiny_config, tiny_pipeline_folder
+from tiny import quick_compilation, tiny_pipeline_folder, tiny_ready
 
 from ddpo_jax.training.build import build, describe
 
@@ -16,8 +16,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("rank", [0, 2])
 @quick_compilation()
 def test_the_loaded_parameters_do_not_outlive_their_copy_in_the_state(folder, rank):
-    config = tiny_config(folder, **{"train.lora_rank": rank, "mesh.data": 1})
-    parts = build(config)
+    ready = tiny_ready(folder, **{"train.lora_rank": rank, "mesh.data": 1})
+    parts, config = build(ready), ready.config
     loaded = {name: weakref.ref(value) for name, value in parts.model.params.items()}
     before = describe(parts, config)
     state = parts.init()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import PROMPTS, SMALLEST_UNET, quick_compilation, tiny_config, tiny_pipeline_folder
+from tiny import PROMPTS, SMALLEST_UNET, quick_compilation, tiny_pipeline_folder, tiny_ready
 
 from ddpo_jax import sharding
 from ddpo_jax.algorithms import ddpo
@@ -123,7 +123,7 @@ def worst(got, want, unit):
 
 @quick_compilation()
 def test_two_updates_equal_pytorch(folder):
-    config = tiny_config(
+    ready = tiny_ready(
         folder,
         **{
             "mesh.data": 1,
@@ -140,7 +140,7 @@ def test_two_updates_equal_pytorch(folder):
             "train.microbatch_size": 2,
         },
     )
-    parts, theirs = build(config), Theirs(folder)
+    parts, theirs = build(ready), Theirs(folder)
     parts.learner._tx = optax.chain(record(), parts.learner._tx)
     state = parts.init()
 
@@ -163,7 +163,9 @@ def test_two_updates_equal_pytorch(folder):
         prompt_ids=prompt_ids,
         group_ids=prompt_ids,
         rewards=rewards.astype(np.float32),
-        advantages=parts.algorithm.advantages(rewards, prompt_ids, PromptStats(), config.algorithm).astype(np.float32),
+        advantages=parts.algorithm.advantages(rewards, prompt_ids, PromptStats(), ready.config.algorithm).astype(
+            np.float32
+        ),
     )
     for update in range(2):
         rows = slice(update * BATCH, (update + 1) * BATCH)

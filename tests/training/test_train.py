@@ -69,7 +69,7 @@ def finished(folder, tmp_path_factory):
     """The folder of a run of three epochs that nothing disturbed."""
     tiny_reward.reset()
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    train(tiny.tiny_config(folder, num_epochs=3, **REWARD), workdir)
+    train(tiny.tiny_ready(folder, num_epochs=3, **REWARD), workdir)
     return workdir
 
 
@@ -85,7 +85,7 @@ def log(monkeypatch):
     """Lines that the training loop logs."""
     lines = []
     stand_in = types.SimpleNamespace(info=lambda text, *args: lines.append(text % args if args else str(text)))
-    monkeypatch.setattr("ddpo_jax.train.logging", stand_in)
+    monkeypatch.setattr("ddpo_jax.training.loop.logging", stand_in)
     return lines
 
 
@@ -142,14 +142,14 @@ def test_tensorboard_has_the_scalars_of_every_epoch(finished):
 
 def test_a_finished_run_says_so_and_leaves_its_files(folder, finished, log):
     before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    train(tiny.tiny_config(folder, num_epochs=3, **REWARD), finished)
+    train(tiny.tiny_ready(folder, num_epochs=3, **REWARD), finished)
     assert any("is finished: 3 of 3 epochs; raise num_epochs to go on" in line for line in log)
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
     assert tiny_reward.calls == 0
 
 
 def test_another_run_in_the_same_folder_is_refused_by_key(folder, finished):
-    other = tiny.tiny_config(folder, num_epochs=2, seed=5, **{"train.learning_rate": 1e-3}, **REWARD)
+    other = tiny.tiny_ready(folder, num_epochs=2, seed=5, **{"train.learning_rate": 1e-3}, **REWARD)
     with pytest.raises(ValueError) as raised:
         train(other, finished)
     lines = str(raised.value).splitlines()
@@ -180,7 +180,7 @@ MESSAGES = {
 
 def test_a_reward_that_fails_in_mid_run_loses_no_epoch(folder, finished, tmp_path):
     """Epoch 1 fails in three ways, one command after the other; the last command finishes as if nothing had been."""
-    config = tiny.tiny_config(folder, num_epochs=3, **REWARD)
+    config = tiny.tiny_ready(folder, num_epochs=3, **REWARD)
     for attempt, (kind, message) in enumerate(MESSAGES.items()):
         tiny_reward.reset(**{"at_1" if attempt == 0 else "at_0": failing(kind)})
         with pytest.raises(RunFailure) as raised:
@@ -247,11 +247,11 @@ def test_sigterm_saves_and_the_run_goes_on_exactly_and_further(folder, finished,
     tiny_reward.reset(at_0=act)
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Interrupted) as raised:
-        train(tiny.tiny_config(folder, num_epochs=2, **{"log.images_every": 0}, **REWARD), tmp_path)
+        train(tiny.tiny_ready(folder, num_epochs=2, **{"log.images_every": 0}, **REWARD), tmp_path)
     assert raised.value.exit_code == 143 and "after epoch 0" in str(raised.value)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert values(tmp_path) == values(finished)[:1] and not list((tmp_path / "samples").iterdir())
-    train(tiny.tiny_config(folder, num_epochs=3, **REWARD), tmp_path)
+    train(tiny.tiny_ready(folder, num_epochs=3, **REWARD), tmp_path)
     assert values(tmp_path) == values(finished)
     np.testing.assert_array_equal(pixels(tmp_path, "after"), pixels(finished, "after"))
 
@@ -313,8 +313,8 @@ def optimised(folder):
 
 def run_epoch(folder, **overrides):
     """``(config, rollout, row of metrics)`` of the first epoch on one device."""
-    config = tiny.tiny_config(folder, **{"mesh.data": 1, "train.microbatch_size": 2} | overrides)
-    parts = build(config)
+    ready = tiny.tiny_ready(folder, **{"mesh.data": 1, "train.microbatch_size": 2} | overrides)
+    parts, config = build(ready), ready.config
     state = parts.init()
     rollout = parts.collector.collect(0, state.params, parts.model.frozen, parts.uncond)
     _, row = epochs.update(parts, config, state, PromptStats(), rollout, 0)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from tiny import SMALLEST_UNET, quick_compilation, tiny_config, tiny_pipeline_folder
+from tiny import SMALLEST_UNET, quick_compilation, tiny_pipeline_folder, tiny_ready
 
 from ddpo_jax import sharding
 from ddpo_jax.models.functional import functional
@@ -130,7 +130,7 @@ def test_dpok_resumes_with_its_value_network(folder, tmp_path):
     def arrays(workdir, *num_epochs):
         for number in num_epochs:
             chosen = {"algorithm.name": "dpok", "train.lora_rank": 2, "num_epochs": number, "log.images_every": 0}
-            train(tiny_config(folder, **chosen), tmp_path / workdir)
+            train(tiny_ready(folder, **chosen), tmp_path / workdir)
         with checkpoint.Checkpointer(tmp_path / workdir, read_only=True) as saver:
             return saver.read(1, "state"), saver.read(2, "state")
 

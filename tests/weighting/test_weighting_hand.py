@@ -11,8 +11,7 @@ import pytest
 from ddpo_jax import find
 from ddpo_jax.config import default_config
 from ddpo_jax.config.override import override
-from ddpo_jax.config.resolve import resolve
-from ddpo_jax.config.validate import validate
+from ddpo_jax.config.ready import make_ready
 from ddpo_jax.diffusion import schedule
 from ddpo_jax.ops import steps
 
@@ -149,7 +148,7 @@ def test_a_wrong_table_is_one_line_before_anything_is_loaded(tmp_path, content, 
     given |= {f"weighting.{key}": value for key, value in overrides.items()}
     override(config, list(given.items()))
     with pytest.raises(ValueError) as caught:
-        validate(resolve(config, "cpu"), 1)
+        make_ready(config, "cpu", 1)
     (line,) = str(caught.value).splitlines()
     assert message in line and line.startswith("weighting.")
 
