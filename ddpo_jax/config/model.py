@@ -12,10 +12,19 @@ import ddpo_jax
 from ddpo_jax.errors import InputError, one_line
 
 MINI = pathlib.Path(ddpo_jax.__file__).parent / "mini" / "assets" / "stable-diffusion-mini"
-# Hub models whose commit is taken when the user names none (a hub id alone may change under a run): (commit, latents).
+# Commits of hub models that are taken when the user names none: a hub id alone may change under a run.
 PINNED = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": ("451f4fe16113bff5a5d2269ed5ad43b0592e9a14", (64, 64, 4)),
-    "stabilityai/stable-diffusion-2-1": ("5cae40e6a2745ae2b01ad92ae5043f95f23644d6", (96, 96, 4)),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+    "stabilityai/stable-diffusion-2-1": "5cae40e6a2745ae2b01ad92ae5043f95f23644d6",
+}
+# (h, w, c) of the latents of published models, so that their configs are complete without a network.
+LATENTS = {
+    "CompVis/stable-diffusion-v1-4": (64, 64, 4),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": (64, 64, 4),
+    "stabilityai/stable-diffusion-2-base": (64, 64, 4),
+    "stabilityai/stable-diffusion-2-1-base": (64, 64, 4),
+    "stabilityai/stable-diffusion-2": (96, 96, 4),
+    "stabilityai/stable-diffusion-2-1": (96, 96, 4),
 }
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MINIATURE_SIDE = 16  # latents of at most 16 x 16
@@ -57,8 +66,8 @@ def latent_shape(model: str, revision: str) -> tuple[int, int, int]:
     """
     folder = local_folder(model)
     if folder is None:
-        if model in PINNED and revision in ("", PINNED[model][0]):
-            return PINNED[model][1]
+        if model in LATENTS:
+            return LATENTS[model]
         path = _download(model, revision)
     else:
         path = folder / "unet" / "config.json"

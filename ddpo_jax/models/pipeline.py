@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
-from ddpo_jax.config.model import PINNED, local_folder
+from ddpo_jax.config.model import PINNED, local_folder, read_json
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import keys, weights
 from ddpo_jax.models.clip import CLIPText, CLIPTextConfig
@@ -213,10 +213,10 @@ def load(
       InputError: no such folder, no access to the hub, unsupported or inconsistent parts, tensors that do not fit.
     """
     folder, commit = _find(source, revision)
-    index = _json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     _check_index(index, folder)
-    configs = {name: _json(folder / name / "config.json") for name in _MODULES}
-    configs["scheduler"] = _json(folder / "scheduler" / "scheduler_config.json")
+    configs = {name: read_json(folder / name / "config.json") for name in _MODULES}
+    configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
     # Every config is read before the first tensor, so that a mistake shows at once.
     unet_config, vae_config = UNetConfig.from_dict(configs["unet"]), VAEConfig.from_dict(configs["vae"])
     text_config = CLIPTextConfig.from_dict(configs["text_encoder"])
@@ -286,7 +286,7 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
     import huggingface_hub
 
     if revision is None and repo in PINNED:
-        revision, _ = PINNED[repo]
+        revision = PINNED[repo]
 
     def snapshot(patterns: list[str]) -> Path:
         return Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=patterns))
@@ -309,7 +309,7 @@ def _download_weights(folder: Path, stem: str, snapshot: Callable[[list[str]], A
     """Asks for one set of weights after the other, best first, until one is there: a repository may hold them all."""
     for index in sorted(folder.glob(f"{stem}*.index*.json")):
         if "fp16" not in index.name and "non_ema" not in index.name:
-            snapshot([f"{folder.name}/{shard}" for shard in sorted(set(_json(index)["weight_map"].values()))])
+            snapshot([f"{folder.name}/{shard}" for shard in sorted(set(read_json(index)["weight_map"].values()))])
             return
     legacy = "pytorch_model" if stem == "model" else stem
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{legacy}.bin", f"{legacy}.fp16.bin"):
@@ -338,15 +338,6 @@ def _check_index(index: Mapping[str, Any], folder: Path) -> None:
 def _equal(name: str, value: int, other: str, wanted: int) -> None:
     if value != wanted:
         raise InputError(f"{name} = {value} must equal {other} = {wanted}; the parts belong to different models")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give a whole diffusers folder") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); download it again") from None
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from ddpo_jax import errors, find, main
+from ddpo_jax.config.file import load_file
 from ddpo_jax.config.keys import from_json
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -76,7 +77,7 @@ def test_choices_come_before_overrides_and_workdir_has_a_default(capsys, train, 
     ],
 )
 def test_shipped_configs(name, reward):
-    config = main.load_file(pathlib.Path(f"configs/{name}.py"), "seed=5")
+    config = load_file(pathlib.Path(f"configs/{name}.py"), "seed=5")
     assert (config.reward.name, config.seed) == (reward, 5)
     assert f"--config=configs/{name}.py" in (ROOT / f"configs/{name}.py").read_text()
 
@@ -84,7 +85,7 @@ def test_shipped_configs(name, reward):
 def test_help_names_every_key_and_member(capsys):
     assert main.main(["--help"]) == 0
     text = capsys.readouterr().out
-    for key in ("train.learning_rate=", "prompts.samples_per_prompt=4", 'algorithm.name="ddpo"', "--workdir"):
+    for key in ("train.learning_rate=", "prompts.samples_per_prompt=4", "algorithm.name=ddpo", "--workdir"):
         assert key in text
     for name in find.available("rewards"):
         assert name in text
@@ -148,6 +149,13 @@ def test_wrong_input(capsys, train, argv, expected):
         ("def get_config():\n    x = {}\n    return x['a']\n", "", "line 3: KeyError: 'a'"),
         ("def get_config():\n    raise ValueError('mine')\n", "", "line 2: ValueError: mine"),
         ("raise SystemExit(0)\n", "", "line 1: SystemExit"),
+        ("def get_config():\n    raise GeneratorExit\n", "", "line 2: GeneratorExit"),
+        ("", "", "it defines no function get_config"),
+        (
+            "class Odd(Exception):\n    def __str__(self): raise KeyError\n\ndef get_config(): raise Odd\n",
+            "",
+            "line 4: Odd: (its message cannot be shown)",
+        ),
         (
             "from ddpo_jax.config import default_config\n"
             "def get_config():\n    c = default_config()\n    c.train.learnin_rate = 1.0\n    return c\n",
@@ -162,6 +170,24 @@ def test_wrong_config_files(capsys, train, tmp_path, text, choices, why):
     code, found = run(capsys, f"--config={file}{choices}")
     assert code == 2 and len(found) == 1 and not train.calls
     assert found[0].startswith(f"--config: received '{file}'") and why in found[0]
+
+
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ("    with c.unlocked(): del c.reward", "reward.name: received nothing"),
+        ("    with c.unlocked(): del c.weighting.name", "weighting.name: received nothing"),
+        ("    with c.unlocked(), c.ignore_type(): c.replay = 3", "replay.name: received nothing"),
+        ("    with c.unlocked(): del c.train.batch_size", "train.batch_size: received nothing"),
+        ("    c = type(c)()", "algorithm.name: received nothing"),
+    ],
+)
+def test_a_config_that_lacks_something(capsys, train, tmp_path, change, line):
+    start = "from ddpo_jax.config import default_config\ndef get_config():\n    c = default_config()\n"
+    text = f"{start}{change}\n    return c\n"
+    (tmp_path / "mine.py").write_text(text)
+    code, found = run(capsys, f"--config={tmp_path / 'mine.py'}")
+    assert code == 2 and found[0].startswith(line) and not train.calls
 
 
 def test_a_config_file_that_is_not_text(capsys, train, tmp_path):
@@ -186,6 +212,12 @@ def test_workdir_that_cannot_be_written(capsys, train, tmp_path, where):
     code, (line,) = run(capsys, *SMALL, f"--workdir={workdir}")
     assert code == 2 and line.startswith(f"--workdir: received '{workdir}'; cannot write there: ")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("workdir", ["w" * 300, "~nouser/run", "a\0b"])
+def test_workdir_with_an_impossible_name(capsys, train, workdir):
+    code, (line,) = run(capsys, *SMALL, f"--workdir={workdir}")
+    assert code == 2 and line.startswith(f"--workdir: received '{workdir}'; cannot write there: ")
 
 
 # ---- how a run ends ----
