@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Called by argparse for whatever is wrong."""
-        raise InputError(f"{' '.join(message.split())}; see {self.prog} --help")
+        raise InputError(f"{' '.join(message.split()).removeprefix('argument ')}; see {self.prog} --help")
 
 
 def positive(text: str) -> int:

@@ -54,7 +54,7 @@ def local_folder(model: str) -> pathlib.Path | None:
             raise InputError(f"{what}the folder has no model_index.json{fix}")
         return folder
     if model[0] in "/.~" or not HUB_ID.fullmatch(model):
-        raise InputError(f"{what}the folder does not exist, and it is no hub id (owner/name){fix}")
+        raise InputError(f"{what}no such folder, and it is no hub id (owner/name){fix}")
     return None
 
 

@@ -114,7 +114,7 @@ def test_help_names_every_key_and_member(capsys):
         ([*SMALL, "--config.train.lr=1"], ["unknown key 'train.lr'"]),
         ([*SMALL, "--config.train.batch_size=1.5"], ["train.batch_size: received '1.5'; it must be a whole number"]),
         ([*SMALL, "--config.train.batch_size=24"], ["train.batch_size: received 24; it must divide"]),
-        ([*SMALL, "--config.model=/nowhere"], ["model: received '/nowhere'; the folder does not exist"]),
+        ([*SMALL, "--config.model=/nowhere"], ["model: received '/nowhere'; no such folder"]),
         ([*SMALL, "--config.algorithm.name=none.such"], ["algorithm.name: received 'none.such'; "]),
         (["--config=configs/compressibility.py:algorithm"], ["config argument: received 'algorithm'"]),
         (

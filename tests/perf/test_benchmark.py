@@ -10,6 +10,7 @@ import pytest
 import tiny
 
 from ddpo_jax.commands import _cli as cli
+from ddpo_jax.commands import benchmark as command_line
 from ddpo_jax.config import default_config
 from ddpo_jax.config.resolve import resolve
 from ddpo_jax.perf import benchmark, capacity, liveness
@@ -25,7 +26,7 @@ def sizes(monkeypatch):
 
 
 def command(*argv):
-    return cli.run(benchmark.main, argv)
+    return cli.run(command_line.main, argv)
 
 
 @pytest.mark.slow

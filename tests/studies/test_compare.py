@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ddpo_jax.commands import _cli as cli
+from ddpo_jax.commands import compare as command
 from ddpo_jax.config import default_config
 from ddpo_jax.config.keys import to_json
 from ddpo_jax.config.override import override
@@ -136,7 +138,7 @@ def test_the_baseline_is_the_plainest_or_as_asked(folders):
 
 def test_the_command_writes_table_json_and_plots(folders, tmp_path, capsys):
     out = tmp_path / "out"
-    code = compare.cli.run(compare.main, [*folders, "--smooth=10", f"--out={out}"])
+    code = cli.run(command.main, [*folders, "--smooth=10", f"--out={out}"])
     assert code == 0
     text = capsys.readouterr().out
     assert "algorithm=ddpo, samples_per_prompt=4 (baseline)  2" in text and "not reached" in text
@@ -160,8 +162,8 @@ def test_smoothing_follows_the_length_of_the_runs(folders, tmp_path):
 
 
 def test_wrong_input_is_one_line(folders, tmp_path, capsys):
-    assert compare.cli.run(compare.main, [str(tmp_path / "nowhere"), folders[0]]) == 2
+    assert cli.run(command.main, [str(tmp_path / "nowhere"), folders[0]]) == 2
     assert "RUN_DIR: received" in capsys.readouterr().err
-    assert compare.cli.run(compare.main, [folders[0], "--metric=reward/maen"]) == 2
+    assert cli.run(command.main, [folders[0], "--metric=reward/maen"]) == 2
     assert "use reward/mean" in capsys.readouterr().err
-    assert compare.cli.run(compare.main, []) == 2
+    assert cli.run(command.main, []) == 2

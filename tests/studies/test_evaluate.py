@@ -8,6 +8,8 @@ import pytest
 import tiny
 from PIL import Image
 
+from ddpo_jax.commands import _cli as cli
+from ddpo_jax.commands import evaluate as command
 from ddpo_jax.diffusion import sampler, schedule
 from ddpo_jax.diffusion.policy import Policy
 from ddpo_jax.studies import evaluate
@@ -42,7 +44,7 @@ def command(run, monkeypatch, tmp_path):
 
     def call(*flags, out="out"):
         words = ["--workdir=w", "--prompts=training", "--rewards=own", f"--out={tmp_path / out}", *flags]
-        code = evaluate.cli.run(evaluate.main, words)
+        code = cli.run(command.main, words)
         path = tmp_path / out / "evaluation.json"
         return code, json.loads(path.read_text()) if path.is_file() else None
 

@@ -13,6 +13,7 @@ from tiny import tiny_config, tiny_pipeline_folder, tiny_ready
 
 from ddpo_jax import find
 from ddpo_jax.commands import _cli as cli
+from ddpo_jax.commands import measure as command
 from ddpo_jax.diffusion import ddim, sampler, schedule
 from ddpo_jax.diffusion.policy import Policy
 from ddpo_jax.studies import measure
@@ -125,20 +126,20 @@ def test_a_continuation_is_the_rest_of_a_trajectory(folder):
 def config_file(folder, tmp_path):
     path = tmp_path / "tiny_run.py"
     path.write_text(
-        "from ddpo_jax import config as configs\n"
+        "from ddpo_jax.config import default_config, with_choices\nfrom ddpo_jax.config.override import override\n"
         "def get_config(arg=''):\n"
-        "    config = configs.default_config()\n"
+        "    config = default_config()\n"
         f"    given = [('model', {str(folder)!r}), ('prompts.name', 'file'),\n"
         f"             ('prompts.path', {str(folder / 'prompts.txt')!r}), ('sample.num_steps', '2'),\n"
         "             ('sample.batch_size', '8'), ('sample.num_batches_per_epoch', '1'), ('train.batch_size', '8')]\n"
-        "    configs.override(config, given)\n"
-        "    return configs.with_choices(config, arg)\n"
+        "    override(config, given)\n"
+        "    return with_choices(config, arg)\n"
     )
     return path
 
 
 def run(capsys, *argv):
-    code = cli.run(measure.main, list(map(str, argv)))
+    code = cli.run(command.main, list(map(str, argv)))
     out, err = capsys.readouterr()
     assert "Traceback" not in err
     return code, out, [line.removeprefix("error: ") for line in err.splitlines() if line.startswith("error: ")]

@@ -11,6 +11,8 @@ import time
 import pytest
 
 from ddpo_jax import errors
+from ddpo_jax.commands import _cli as cli
+from ddpo_jax.commands import sweep as command
 from ddpo_jax.config import default_config
 from ddpo_jax.config.keys import to_json
 from ddpo_jax.config.override import override
@@ -32,7 +34,7 @@ STANDIN = """#!/usr/bin/env bash
 echo "$@" >> "{calls}"
 for word in "$@"; do case $word in --workdir=*) dir=${{word#--workdir=}};; --out=*) out=${{word#--out=}};; esac; done
 case "$*" in
-  *ddpo_jax.evaluate*) mkdir -p "$out"
+  *ddpo_jax\ evaluate*) mkdir -p "$out"
     echo '{{"rewards": {{"r": {{"base": {{"mean": 1.0}}, "trained": {{"mean": 3.0}}}}}}}}' > "$out/evaluation.json"
     exit 0;;
   *two.py*) echo "error: no such reward" >&2; exit 2;;
@@ -68,7 +70,7 @@ def standin(tmp_path, monkeypatch):
 
 
 def run(*argv):
-    return sweep.cli.run(sweep.main, [str(word) for word in argv])
+    return cli.run(command.main, [str(word) for word in argv])
 
 
 def test_a_sweep_runs_all_compares_and_reports_a_failure(standin, tmp_path, capsys):
@@ -135,7 +137,7 @@ def test_a_run_is_followed_by_its_evaluation(standin, tmp_path, capsys):
     assert run(file, f"--out={out}", "--seeds=0,1", "--only=p/ddpo") == 0
     second = calls.read_text().splitlines()[1]
     assert second == (
-        f"-m ddpo_jax.evaluate --workdir={out}/p/ddpo/seed0 --prompts=novel --rewards=jpeg_compressibility,clip_score "
+        f"-m ddpo_jax evaluate --workdir={out}/p/ddpo/seed0 --prompts=novel --rewards=jpeg_compressibility,clip_score "
         f"--out={out}/p/ddpo/seed0/evaluation"
     )
     assert json.loads((out / "p" / "evaluations.json").read_text()) == {
