@@ -10,6 +10,7 @@ from PIL import Image
 
 from ddpo_jax.commands import _cli as cli
 from ddpo_jax.commands import evaluate as command
+from ddpo_jax.config import choose
 from ddpo_jax.diffusion import sampler, schedule
 from ddpo_jax.diffusion.policy import Policy
 from ddpo_jax.studies import evaluate
@@ -151,12 +152,12 @@ def test_prompts_are_the_runs_the_novel_ones_or_a_files(run, tmp_path):
     with pytest.raises(ValueError, match="the run's source 'file' has no novel split"):
         evaluate.find_prompts(config, "novel", None, 0)
     animals = config.copy_and_resolve_references()
-    evaluate.configs.choose(animals, "prompts", "animals")
+    choose(animals, "prompts", "animals")
     novel = dict(evaluate.find_prompts(animals, "novel", None, 0))
     assert len(novel) == 45 and novel["an elephant"] == {"animal": "elephant"}
     assert animals.prompts.split == "training"  # the run's config is left alone
     few = config.copy_and_resolve_references()
-    evaluate.configs.choose(few, "prompts", "mini")
+    choose(few, "prompts", "mini")
     few.prompts.count = 2
     assert len(evaluate.find_prompts(few, "training", None, 0)) == 2
     assert len(evaluate.find_prompts(few, "novel", None, 0)) == 45  # to train on few says nothing of the others
