@@ -1,4 +1,4 @@
-"""001: DDPO with importance sampling; with the score function. Section 5, appendix D.1.
+"""Black et al. 2023, arXiv:2305.13301: DDPO with importance sampling; with the score function. Section 5, appendix D.1.
 
 DDPO_IS:    python -m ddpo_jax.main --config=configs/papers/ddpo.py
 DDPO_SF:    ...ddpo.py:algorithm=ddpo_sf

@@ -1,4 +1,4 @@
-"""004: DDPO_ISKL, and the DDPO_IS and DDPO_SF of the same paper. Table 1.
+"""Gao et al. 2025: DDPO_ISKL, and the DDPO_IS and DDPO_SF of the same paper. Table 1.
 
 DDPO_ISKL:  python -m ddpo_jax.main --config=configs/papers/ddpo_iskl.py
 DDPO_IS:    ...ddpo_iskl.py:algorithm=ddpo

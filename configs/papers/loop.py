@@ -1,4 +1,5 @@
-"""003: LOOP with K = 2, 3, 4, and what it is compared with: REINFORCE, REINFORCE with baseline, DDPO. Section 6.
+"""Gupta et al. 2025, arXiv:2503.00897: LOOP with K = 2, 3, 4, and what it is compared with: REINFORCE, REINFORCE with
+baseline, DDPO. Section 6.
 
 LOOP K=4:   python -m ddpo_jax.main --config=configs/papers/loop.py
 LOOP K=3:   ...loop.py:prompts.samples_per_prompt=3
@@ -27,7 +28,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sample.eta = 1.0
     config.sample.guidance_scale = 5.0  # section 6
     config.sample.batch_size = 32  # section 6: 4 per GPU, 8 GPUs
-    config.sample.num_batches_per_epoch = 4  # not in the paper; with it an epoch is 4 updates as in 001
+    config.sample.num_batches_per_epoch = 4  # not in the paper; with it an epoch is 4 updates as in Black et al. 2023
     config.train.batch_size = 32  # section 6: 4 per GPU, 8 GPUs
     config.train.learning_rate = 1e-5  # section 6: AdamW, other parameters at their defaults
     config.train.weight_decay = 1e-4

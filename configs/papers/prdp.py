@@ -1,4 +1,5 @@
-"""002, small scale: PRDP on 45 prompts, and the DDPO it is compared with. Section 4.1; section 4.4 for the aesthetic.
+"""Deng et al. 2024, arXiv:2402.08714, small scale: PRDP on 45 prompts, and the DDPO it is compared with. Section 4.1;
+section 4.4 for the aesthetic reward.
 
 PRDP:       python -m ddpo_jax.main --config=configs/papers/prdp.py
 DDPO:       ...prdp.py:algorithm=ddpo
@@ -6,8 +7,8 @@ offline:    ...prdp.py:algorithm.refresh_every=0,algorithm.proximal=False (secti
 miniature:  ...:model=mini (64 images, 4 prompts x 16)
 
 With the aesthetic reward (here; section 4.4, the only one whose beta the paper gives): 250 epochs, prompts are the bare
-names. With any other: 100 epochs, "A painting of a ...". Learning rate, gradient updates per epoch and clip are not in
-the paper's text: those of 001, updates on all images, 4 times.
+names. With any other: 100 epochs, "A painting of a ...". The learning rate, the gradient updates per epoch and the clip
+are not in the paper's text: here they are those of Black et al. 2023, and 4 updates on all images.
 """
 
 from ml_collections import ConfigDict
@@ -49,7 +50,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.num_epochs = 250
     if config.algorithm.name == "prdp":
         config.algorithm.kl_coef = 10.0  # section 4.4: beta, with the aesthetic reward
-    else:  # 001: 4 updates on a quarter of the images each
+    else:  # Black et al. 2023: 4 updates on a quarter of the images each
         config.train.num_inner_epochs = 1
         config.train.batch_size = config.sample.batch_size * config.sample.num_batches_per_epoch // 4
     return with_choices(config, options)

@@ -1,11 +1,12 @@
-"""002, large scale: PRDP on more than 100 000 prompts, where DDPO becomes unstable. Section 4.1.
+"""Deng et al. 2024, arXiv:2402.08714, large scale: PRDP on more than 100 000 prompts, where DDPO becomes unstable.
 
 PRDP:       python -m ddpo_jax.main --config=configs/papers/prdp_large.py:prompts.path=FILE
 DDPO:       ...prdp_large.py:algorithm=ddpo,prompts.path=FILE
 miniature:  ...:model=mini (64 images, 8 prompts x 8, of its 112 896 prompts; verifier as the reward)
 
-FILE has one prompt a line: those of the training set of HPDv2 in the paper. The multi-reward setup of section 4.1 is
-reward=weighted,reward.rewards='pickscore=10,hps=2,aesthetic=0.05'. For what the text leaves open see ``prdp.py``.
+FILE has one prompt a line: those of the training set of HPDv2 in the paper (section 4.1). The multi-reward setup of the
+same section is reward=weighted,reward.rewards='pickscore=10,hps=2,aesthetic=0.05'. For what the text leaves open see
+``prdp.py``.
 """
 
 from ml_collections import ConfigDict

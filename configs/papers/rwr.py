@@ -1,12 +1,13 @@
-"""001 section 4.1, 004 sections 3.1 and 3.2: reward-weighted regression, and the sparse one.
+"""Reward-weighted regression, and the sparse one: Black et al. 2023, arXiv:2305.13301, section 4.1; Gao et al. 2025,
+sections 3.1 and 3.2.
 
 RWR:        python -m ddpo_jax.main --config=configs/papers/rwr.py
 sparse:     ...rwr.py:algorithm=rwr_sparse
 one round:  ...rwr.py:algorithm.refresh_every=0 (all samples from the pretrained model)
 miniature:  ...:model=mini (64 images in place of 256)
 
-Sampler, optimizer and images are those of ``ddpo.py``, with which 001 compares. For rewards other than the JPEG ones
-the weights are a softmax within a prompt (001): ``algorithm.softmax_over=prompt,prompts.samples_per_prompt=4``.
+Sampler, optimizer and images are those of ``ddpo.py``, with which Black et al. compare. For rewards other than the JPEG
+ones their weights are a softmax within a prompt: ``algorithm.softmax_over=prompt,prompts.samples_per_prompt=4``.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""000: selective timestep weighting and advantage-based replay on DDPO, DPOK or B2-DiffuRL. Tables 3 and 4.
+"""Timestep weighting and replay on DDPO, DPOK or B2-DiffuRL: "Selective Timestep Weighting" (anonymous), Tables 3, 4.
 
 ours:       python -m ddpo_jax.main --config=configs/papers/selective_timestep.py
 baseline:   ...selective_timestep.py:weighting=uniform,replay=none
@@ -31,10 +31,10 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.adam_b1, config.train.adam_b2 = 0.9, 0.999
     config.train.max_grad_norm = 1.0
     config.train.lora_rank = 4  # section 5
-    config.train.clip_range = 1e-4  # not in the paper; that of 001 and of the D3PO paper, from which A.1 takes the rest
+    config.train.clip_range = 1e-4  # not in the paper; that of Black et al. 2023 and of D3PO (A.1)
     config.replay.k = 4  # Table 4: per GPU
     config.replay.history = 3  # Table 4
-    config.prompts.samples_per_prompt = 1  # prompts are drawn for each sample, as in 001
+    config.prompts.samples_per_prompt = 1  # prompts are drawn for each sample, as by Black et al. 2023
     choose(config, "weighting", "latent_change_squared")  # Table 4: w(t)
     choose(config, "replay", "hard")  # section 4.3
     choose(config, "reward", "jpeg_compressibility")
@@ -48,5 +48,5 @@ def get_config(arg: str = "") -> ConfigDict:
         config.algorithm.reward_weight = 1000.0  # the public code's, for many prompts
         config.algorithm.kl_coef = 0.01
     if config.algorithm.name == "b2_diffurl":
-        config.prompts.samples_per_prompt = 4  # branches of a root; not in 000
+        config.prompts.samples_per_prompt = 4  # branches of a root; not in the paper
     return with_choices(config, options)

@@ -1,7 +1,7 @@
 """Claim: what was learned generalises to novel prompts, and prompt adherence is kept.
 
-Source: 000 Tables 1 and 2. Show: after equal queries, the reward and the miniature CLIP's score on the novel split,
-against the untrained model; DDPO and DDPO with weighting and replay.
+Source: "Selective Timestep Weighting" (anonymous), Tables 1 and 2. Show: after equal queries, the reward and the
+miniature CLIP's score on the novel split, against the untrained model; DDPO and DDPO with weighting and replay.
 """
 
 BASELINE = "weighting=uniform,replay=none"

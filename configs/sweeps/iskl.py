@@ -1,7 +1,8 @@
 """Claim: importance sampling is steadier than the score function, ISKL avoids collapse, ten times the learning rate
 collapses.
 
-Source: 004 Fig. 3 to 5, section 5. Show: curves, and the miniature CLIP's score and verifier for prompt adherence.
+Source: Gao et al. 2025, Fig. 3 to 5, section 5. Show: curves, and the miniature CLIP's score and verifier for prompt
+adherence.
 """
 
 BASELINE = "algorithm=ddpo"

@@ -1,6 +1,7 @@
 """Claim: weighting and replay carry over to DPOK and B2-DiffuRL.
 
-Source: 000 Fig. 7a. Show: queries to the final reward of each algorithm without them, one comparison per algorithm.
+Source: "Selective Timestep Weighting" (anonymous), Fig. 7a. Show: queries to the final reward of each algorithm without
+them, one comparison per algorithm.
 """
 
 BASELINE = "weighting=uniform,replay=none"

@@ -1,7 +1,7 @@
 """Claim: DDPO beats RWR and sparse RWR; importance sampling beats the score function.
 
-Source: 001 Fig. 4 (section 6.1), 004 section 4.2. Show: curves. One learning rate and one sampler for all; SF makes one
-update of an epoch, as it must, the others four.
+Source: Black et al. 2023, Fig. 4 (section 6.1); Gao et al. 2025, section 4.2. Show: curves. One learning rate and one
+sampler for all; SF makes one update of an epoch, as it must, the others four.
 """
 
 BASELINE = "algorithm=rwr"

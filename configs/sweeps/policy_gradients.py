@@ -1,9 +1,10 @@
 """Claim: REINFORCE < REINFORCE with baseline < DDPO < LOOP with K = 2, 3, 4, here on all verifier categories together
 and on the aesthetic score.
 
-Source: 003 Tables 1 to 3, Fig. 2 and 3. Show: final reward, and queries to DDPO's; and the reward of the final policies
-on equal prompts and noise, since an epoch of 48 images sees few prompts, the fewer the larger K. One learning rate for
-all; REINFORCE makes one update of an epoch, as it must, the others two. Per category: policy_gradients_by_category.py.
+Source: Gupta et al. 2025, Tables 1 to 3, Fig. 2 and 3. Show: final reward, and queries to DDPO's; and the reward of the
+final policies on equal prompts and noise, since an epoch of 48 images sees few prompts, the fewer the larger K. One
+learning rate for all; REINFORCE makes one update of an epoch, as it must, the others two. Per category:
+policy_gradients_by_category.py.
 """
 
 BASELINE = "algorithm=ddpo"

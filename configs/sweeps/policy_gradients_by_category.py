@@ -1,10 +1,10 @@
 """Claim: REINFORCE < REINFORCE with baseline < DDPO < LOOP with K = 2, 3, 4 on color, shape, texture, spatial and
 numeracy.
 
-Source: 003 Tables 1 and 2. Show: final reward per category, trained on prompts of that category and scored for it
-alone; and of all categories together. Unlike in policy_gradients.py the miniature learns here, from what is the same
-for all methods: few prompts, adapters at a high learning rate, no guidance, the squared latent change, 96 images an
-epoch. REINFORCE makes one update of them, as it must, the others two.
+Source: Gupta et al. 2025, Tables 1 and 2. Show: final reward per category, trained on prompts of that category and
+scored for it alone; and of all categories together. Unlike in policy_gradients.py the miniature learns here, from what
+is the same for all methods: few prompts, adapters at a high learning rate, no guidance, the squared latent change, 96
+images an epoch. REINFORCE makes one update of them, as it must, the others two.
 """
 
 BASELINE = "algorithm=ddpo"

@@ -1,7 +1,8 @@
 """Claim: hard-mining beats random replay, repeating the current epoch, and a larger learning rate.
 
-Source: 000 Fig. 7d, Fig. 9 (A.3). Show: the ranking by queries to the final reward without replay. Uniform weighting.
-The larger rate is proportional to the gradients that replay adds: 16 replayed images to an epoch's 20, so 36 / 20.
+Source: "Selective Timestep Weighting" (anonymous), Fig. 7d, Fig. 9 (A.3). Show: the ranking by queries to the final
+reward without replay. Uniform weighting. The larger rate is proportional to the gradients that replay adds: 16 replayed
+images to an epoch's 20, so 36 / 20.
 """
 
 RATE = 2.5e-5  # of the preset on the miniature: 1e-4 * sqrt(4 / 64)

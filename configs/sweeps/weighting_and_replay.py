@@ -1,6 +1,7 @@
 """Claim: timestep weighting and hard-mined replay each help, both together most; 2 to 6 times fewer reward queries.
 
-Source: 000 Fig. 7a, 7b. Show: queries to DDPO's final reward, on 2 rewards, for the 4 combinations.
+Source: "Selective Timestep Weighting" (anonymous), Fig. 7a, 7b. Show: queries to DDPO's final reward, on 2 rewards, for
+the 4 combinations.
 """
 
 BASELINE = "weighting=uniform,replay=none"

@@ -1,7 +1,8 @@
 """Claim: the squared latent change is the best weighting; an early Gaussian beats a middle one, that a late one.
 
-Source: 000 Fig. 7c. Show: the ranking by queries to the uniform weighting's final reward. No replay. The measured
-weighting (advantage_variance) needs the table that ddpo_jax.measure writes and is not part of the figure.
+Source: "Selective Timestep Weighting" (anonymous), Fig. 7c. Show: the ranking by queries to the uniform weighting's
+final reward. No replay. The measured weighting (advantage_variance) needs the table that ddpo_jax measure writes and is
+not part of the figure.
 """
 
 BASELINE = "weighting=uniform"

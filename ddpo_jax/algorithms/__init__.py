@@ -3,11 +3,12 @@
 Each module has four functions:
 
 - ``default_config() -> ConfigDict``: the options of this algorithm, the only home of their defaults.
-- ``traits(config) -> types.Traits``: what it uses; an option outside its rule raises InputError here.
+- ``traits(config) -> types.Traits``: what the algorithm uses. An option outside its rule raises InputError here.
 - ``advantages(rewards f64[N], prompt_ids i64[N], stats, config) -> f64[N]``: numpy, on the host, once per rollout.
-- ``loss(terms, batch, config)``: jax, unreduced. Separable: [N, S], entry (n, s) from the terms of (n, s) alone.
-  Coupled: any shape whose plain mean is the loss, masked entries already left out.
+- ``loss(terms, batch, config)``: jax, not reduced. A separable loss is [N, S], and its entry (n, s) depends on the
+  terms of (n, s) alone. A coupled loss has any shape whose plain mean is the loss; it leaves masked entries out itself.
 
-Policy-gradient losses of a whole trajectory are divided by the number of trained steps, as those of single steps are
-(spec: gradients are averaged over steps and samples), so methods compare at equal learning rates.
+A policy-gradient loss of a whole trajectory is divided by the number of trained steps, as the learner divides those of
+single steps: every gradient is an average over steps and samples, so algorithms compare at equal learning rates.
+Papers are cited by author and year; ``docs/references.md`` has their titles and arXiv ids.
 """

@@ -1,10 +1,10 @@
 """B2-DiffuRL: DDPO's surrogate on the last steps of trajectories that branch from a common root, chosen by contrast.
 
-Paper: Hu et al. 2025 (B2-DiffuRL), a baseline of 000; spec section 3.
-Branching: K samples of a prompt share the first T - s steps and only the last s are trained, so that differences in
-reward are due to those. Backward progression: s grows to T over the run. Of each root the best branch is kept if it is
-good and the worst if it is bad; the rest of the root is dropped. The rollout asks ``interval`` how many steps to branch
-and ``select`` what to keep; the loss itself is DDPO's.
+Paper: Hu et al. 2025, arXiv:2503.11240; a baseline in "Selective Timestep Weighting" (anonymous), section 5.
+Branching: the K samples of a prompt share the first T - s steps and only the last s are trained, so that those steps
+alone explain why their rewards differ. Backward progression: s grows to T over the run. The best branch of a root is
+kept if it is good and the worst if it is bad; the other branches are dropped. The rollout asks ``interval`` how many
+steps to branch and ``select`` which samples to keep; the loss itself is DDPO's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def default_config() -> ConfigDict:
 
 
 def traits(config: ConfigDict) -> Traits:
-    """Branching rollout; the loss is separable."""
+    """The rollout branches; the loss is separable."""
     options.check(config, positive=("clip_range", "start_fraction"), non_negative=("history",))
     if config.start_fraction > 1:
         raise InputError(options.fault(config, "start_fraction", "it must be at most 1 (all steps)", "0.7"))

@@ -1,9 +1,10 @@
 """D3PO: direct preference optimisation on every denoising step of two samples that started from the same noise.
 
-Paper: Yang et al. 2024 (D3PO), named by 000 as future work; spec section 3.
-Of two samples of a prompt the one with the higher reward is preferred (h = +1 and -1; 0 and 0 on ties). With
-q = clip(policy / pretrained, 1 - c, 1 + c) of a step, the loss is -log sigmoid(beta * (h_a log q_a + h_b log q_b)): the
-preferred action becomes likelier than under the pretrained model. With more than two samples, every pair counts.
+Paper: Yang et al. 2024, arXiv:2311.13231.
+Of two samples of a prompt the one with the higher reward is preferred (h = +1 for it and -1 for the other; both are 0
+if they tie). With q = clip(policy / pretrained, 1 - c, 1 + c) of a step, the loss is
+-log sigmoid(beta * (h_a log q_a + h_b log q_b)): it makes the preferred action likelier than under the pretrained
+model. With more than two samples of a prompt, every pair counts.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def default_config() -> ConfigDict:
 
 
 def traits(config: ConfigDict) -> Traits:
-    """Coupled over the samples of a prompt. The reference is the pretrained model, so any sampler's pairs will do."""
+    """The loss couples the samples of a prompt. Its reference is the pretrained model: any sampler's pairs will do."""
     options.check(config, choices=CHOICES, positive=("beta", "clip_range"))
     if config.clip_range >= 1:
         raise InputError(options.fault(config, "clip_range", "it must be below 1 (a ratio is positive)", "0.1"))
@@ -44,7 +45,7 @@ def traits(config: ConfigDict) -> Traits:
 
 
 def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, config: ConfigDict) -> np.ndarray:
-    """Reward minus the mean of the prompt [N]: it ranks samples for replay; the loss reads the rewards."""
+    """Reward minus the mean of the prompt [N], which ranks samples for replay; the loss reads the rewards."""
     require_groups(prompt_ids, "algorithm d3po")
     return group_mean_baseline(rewards, prompt_ids)
 

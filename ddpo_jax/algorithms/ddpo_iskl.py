@@ -1,9 +1,10 @@
 """DDPO_ISKL: DDPO with importance sampling and a squared penalty on the trajectory's log-probability ratio.
 
-Paper: 004 section 3.5, Algorithm 5. To the surrogate of each trajectory it adds lambda/2 * (l_theta - l_ref)^2, where l
-is the log-probability summed over the steps and ref the pretrained model; the penalty's gradient is
-lambda * (l_theta - l_ref) * grad l_theta: it acts as an advantage that pulls drifted trajectories back. Algorithm 5
-writes one importance weight per trajectory, Eq. 2 of section 3.4 one per step: ``ratio_level``.
+Paper: Gao et al. 2025, section 3.5, Algorithm 5, line 31.
+To the surrogate of each trajectory it adds lambda/2 * (l_theta - l_ref)^2, where l is the log-probability summed over
+the steps and ref is the pretrained model. The penalty's gradient is lambda * (l_theta - l_ref) * grad l_theta: it acts
+as an advantage that pulls drifted trajectories back. Algorithm 5 writes one importance weight per trajectory, their
+Eq. 2 writes one per step: ``ratio_level`` chooses.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ CHOICES = {"ratio_level": ("step", "trajectory"), "log_prob_reduction": ("mean",
 
 
 def default_config() -> ConfigDict:
-    """Options of this algorithm. 004 does not state lambda."""
+    """Options of this algorithm. The paper does not state lambda."""
     return ConfigDict(
         {
             # lambda; with 1, a trajectory whose l (mean over dimensions) rose by 1 loses 1 standard deviation of reward
@@ -33,7 +34,7 @@ def default_config() -> ConfigDict:
 
 
 def traits(config: ConfigDict) -> Traits:
-    """Coupled: the penalty sums over steps before it squares."""
+    """The loss is coupled: the penalty sums over the steps before it squares."""
     options.check(config, choices=CHOICES, non_negative=("kl_coef",))
     return Traits(terms=frozenset({"log_prob", "ref_log_prob"}), separable=False)
 
@@ -44,7 +45,7 @@ def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, 
 
 
 def loss(terms: StepTerms, batch: Batch, config: ConfigDict) -> jax.Array:
-    """Surrogate of the trajectory plus penalty [N], both over the number of trained steps."""
+    """Surrogate of the trajectory plus its penalty [N], both divided by the number of trained steps."""
     # masked entries become 0 before any arithmetic: whatever stands there then has no gradient
     arrays = (terms.log_prob, batch.old_log_prob, terms.ref_log_prob)
     log_prob, old_log_prob, ref_log_prob = (masked.fill(x, batch.mask) for x in arrays)

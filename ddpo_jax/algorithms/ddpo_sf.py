@@ -1,8 +1,8 @@
 """DDPO with the score function (DDPO_SF): one REINFORCE update on each rollout.
 
-Papers: 001 (Black et al. 2023) Eq. 3; 004 section 3.3 and Algorithm 3.
-The likelihood-ratio gradient of the expected reward is the sum over steps of advantage times gradient of log_prob. It
-holds only for samples of the current policy, hence one update per rollout; the advantage is standardised per prompt.
+Papers: Black et al. 2023, arXiv:2305.13301, Eq. 3 (DDPO_SF); Gao et al. 2025, Eq. 1 and Algorithm 3.
+The likelihood-ratio gradient of the expected reward is the sum over the steps of advantage times gradient of log_prob.
+It holds only for samples of the current policy, hence one update per rollout. The advantage is standardised per prompt.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def default_config() -> ConfigDict:
 
 
 def traits(config: ConfigDict) -> Traits:
-    """On-policy: without an importance ratio, one update per rollout and no replay."""
+    """On-policy: there is no importance ratio, so a rollout serves one update and nothing is replayed."""
     options.check(config, positive=("buffer_size", "min_count"))
     return Traits(terms=frozenset({"log_prob"}), on_policy=True)
 

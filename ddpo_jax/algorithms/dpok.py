@@ -1,10 +1,10 @@
 """DPOK: policy gradient with a learned value function as baseline and a KL penalty to the pretrained model per step.
 
-Paper: Fan et al. 2023 (DPOK), a baseline of 000; spec section 3.
-Per step: reward_weight * ratio * (r - V(x_t, prompt, t)), and kl_coef * KL(policy || pretrained): ||mu - mu_ref||^2 /
-(2 std^2), as a mean over dimensions, the Gaussians' variance being the same. V regresses on the final reward with an
-optimizer of its own and is a constant here. ``noise_mse`` and ``clamp`` are what the public code computes in
-place of the KL and of the PPO surrogate.
+Paper: Fan et al. 2023, arXiv:2305.16381; a baseline in "Selective Timestep Weighting" (anonymous), section 5.
+The loss of a step has two parts: reward_weight * ratio * (r - V(x_t, prompt, t)), and kl_coef * KL(policy ||
+pretrained). The KL is ||mu - mu_ref||^2 / (2 std^2) as a mean over dimensions, since both Gaussians have the same
+variance. V regresses on the final reward with an optimizer of its own and is a constant here. ``noise_mse`` and
+``clamp`` are what the public code computes in place of the KL and of the PPO surrogate.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def default_config() -> ConfigDict:
 
 
 def traits(config: ConfigDict) -> Traits:
-    """What the losses read. The loss takes raw rewards and subtracts V itself."""
+    """What the losses read. The loss takes the raw rewards and subtracts V itself."""
     positive = ("reward_weight", "value_learning_rate", "value_updates")
     options.check(config, choices=CHOICES, positive=positive, non_negative=("kl_coef",))
     penalty = "kl" if config.kl_form == "gaussian" else "noise_mse"
@@ -49,7 +49,7 @@ def traits(config: ConfigDict) -> Traits:
 
 
 def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, config: ConfigDict) -> np.ndarray:
-    """Reward minus the rollout's mean [N]: it ranks samples for replay; the loss has its own baseline, V."""
+    """Reward minus the rollout's mean [N], which ranks samples for replay; the loss has its own baseline, V."""
     rewards = np.asarray(rewards, np.float64)
     return rewards - rewards.mean()
 

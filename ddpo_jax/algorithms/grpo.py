@@ -1,7 +1,9 @@
 """Group relative policy optimisation: the clipped surrogate with the reward standardised within a prompt's K samples.
 
-Paper: 000 section 3 (DDPO's surrogate with A = (r - mean) / std over the group; Shao et al. 2024). No value network and
-no memory of earlier epochs: the group is the baseline. A group of equal rewards teaches nothing (A = 0).
+Papers: Shao et al. 2024, arXiv:2402.03300; for diffusion "Selective Timestep Weighting" (anonymous), section 3, where
+DDPO's surrogate has A = (r - mean) / std.
+There is no value network and no memory of earlier epochs: the group is the baseline. A group of equal rewards teaches
+nothing (A = 0).
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from ddpo_jax.types import Batch, StepTerms, Traits
 
 
 def default_config() -> ConfigDict:
-    """It has no options; K is prompts.samples_per_prompt."""
+    """There are no options; K is prompts.samples_per_prompt."""
     return ConfigDict()
 
 
 def traits(config: ConfigDict) -> Traits:
-    """On groups."""
+    """The baseline is that of a group, so a prompt needs several samples."""
     return Traits(terms=frozenset({"log_prob"}), group=True)
 
 

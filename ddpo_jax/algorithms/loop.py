@@ -1,7 +1,8 @@
 """Leave-one-out PPO (LOOP): K samples per prompt and RLOO's baseline inside DDPO's clipped surrogate.
 
-Paper: 003 Eq. 13, baseline Eq. 14. Neither a division by the standard deviation nor a KL penalty (section 4). Eq. 13
-writes the clip alone; the surrogate is PPO's minimum of clipped and unclipped (Eq. 3), 003's own PPO objective.
+Paper: Gupta et al. 2025, arXiv:2503.00897, Eq. 13 with the baseline of Eq. 14.
+There is neither a division by the standard deviation nor a KL penalty (their section 4). Eq. 13 writes the clip alone;
+the surrogate here is PPO's minimum of clipped and unclipped, which their Eq. 3 gives as the PPO objective.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from ddpo_jax.types import Batch, StepTerms, Traits
 
 
 def default_config() -> ConfigDict:
-    """It has no options; K is prompts.samples_per_prompt (003: 2, 3, 4), epsilon is train.clip_range (003: 1e-4)."""
+    """There are no options. K is prompts.samples_per_prompt (paper: 2 to 4), epsilon train.clip_range (paper: 1e-4)."""
     return ConfigDict()
 
 
 def traits(config: ConfigDict) -> Traits:
-    """On groups; the advantages are in units of the reward."""
+    """The baseline is that of a group; the advantages are in units of the reward."""
     return Traits(terms=frozenset({"log_prob"}), group=True, standardized=False)
 
 

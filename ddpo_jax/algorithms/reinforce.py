@@ -1,7 +1,8 @@
 """REINFORCE without a baseline: the log-probability of each step, weighted by the reward itself.
 
-Paper: 003 (LOOP) Eq. 7. The plainest unbiased policy gradient and the reference point of 003's comparison: rewards that
-are all positive push every sample up, so its variance is large.
+Paper: Gupta et al. 2025, arXiv:2503.00897, Eq. 7.
+It is the plainest unbiased policy gradient and the reference point of their comparison: rewards that are all positive
+push every sample up, so its variance is large.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from ddpo_jax.types import Batch, StepTerms, Traits
 
 
 def default_config() -> ConfigDict:
-    """It has no options."""
+    """There are no options."""
     return ConfigDict()
 
 
 def traits(config: ConfigDict) -> Traits:
-    """On-policy; the advantages are raw rewards, which a clip in standard deviations must not touch."""
+    """On-policy. The advantages are raw rewards, which a clip in standard deviations must not touch."""
     return Traits(terms=frozenset({"log_prob"}), on_policy=True, standardized=False)
 
 

@@ -1,6 +1,7 @@
 """REINFORCE with baseline correction: the reward minus what this prompt earned recently.
 
-Paper: 003 (LOOP) Eq. 8, with the baseline its section 6 states: the average reward of the prompt, kept as 001 keeps it.
+Paper: Gupta et al. 2025, arXiv:2503.00897, Eq. 8. Its section 7.1 gives the baseline: the average reward of the prompt,
+kept in a buffer as Black et al. 2023, arXiv:2305.13301, keep it.
 A baseline that does not depend on the sample leaves the expected gradient alone and lowers its variance.
 """
 
@@ -26,7 +27,7 @@ def default_config() -> ConfigDict:
 
 
 def traits(config: ConfigDict) -> Traits:
-    """On-policy; the advantages are in units of the reward."""
+    """On-policy. The advantages are in units of the reward."""
     options.check(config, positive=("buffer_size", "min_count"))
     return Traits(terms=frozenset({"log_prob"}), on_policy=True, standardized=False)
 

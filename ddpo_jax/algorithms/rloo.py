@@ -1,7 +1,8 @@
 """REINFORCE leave-one-out: each of a prompt's K samples is compared with the mean of the other K - 1.
 
-Paper: 003 (LOOP) Eq. 9, baseline Eq. 14 (Kool et al. 2019). Unlike the mean of all K the baseline does not contain the
-sample it judges, so the gradient stays unbiased. Without an importance ratio a rollout serves one update.
+Papers: Gupta et al. 2025, arXiv:2503.00897, Eq. 9 with the baseline of Eq. 14; Kool et al. 2019.
+Unlike the mean of all K, the baseline does not contain the sample that it judges, so the gradient stays unbiased. There
+is no importance ratio, so a rollout serves one update.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from ddpo_jax.types import Batch, StepTerms, Traits
 
 
 def default_config() -> ConfigDict:
-    """It has no options; K is prompts.samples_per_prompt."""
+    """There are no options; K is prompts.samples_per_prompt."""
     return ConfigDict()
 
 
 def traits(config: ConfigDict) -> Traits:
-    """On-policy, on groups; the advantages are in units of the reward."""
+    """On-policy. The baseline is that of a group; the advantages are in units of the reward."""
     return Traits(terms=frozenset({"log_prob"}), on_policy=True, group=True, standardized=False)
 
 

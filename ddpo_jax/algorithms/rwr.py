@@ -1,9 +1,9 @@
 """Reward-weighted regression (RWR): denoising loss on the policy's own samples, weighted by exp(temperature * reward).
 
-Papers: 001 section 4.1 (w_RWR); 004 section 3.1, Algorithm 1.
-The policy is seen as a one-step choice of the final latents; their likelihood is replaced by the denoising loss
-(re-noised at random timesteps, guided prediction). Being a regression it may reuse a rollout for many updates; one
-round on samples of the pretrained model is ``refresh_every=0``.
+Papers: Black et al. 2023, arXiv:2305.13301, section 4.1 (w_RWR); Gao et al. 2025, section 3.1, Algorithm 1.
+The policy is seen as a one-step choice of the final latents, whose likelihood is replaced by the denoising loss: they
+are noised again at random timesteps and the guided prediction is compared with that noise. A regression may reuse a
+rollout for many updates; one round on samples of the pretrained model is ``refresh_every=0``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def default_config() -> ConfigDict:
 
 
 def traits(config: ConfigDict) -> Traits:
-    """A regression: any sampler's data will do. Per-prompt weights compare the samples of a prompt."""
+    """It is a regression: any sampler's data will do. Per-prompt weights compare the samples of a prompt."""
     options.check(config, choices=CHOICES, positive=("temperature",), non_negative=("refresh_every",))
     return Traits(
         terms=frozenset({"denoise_mse"}),
@@ -42,7 +42,7 @@ def traits(config: ConfigDict) -> Traits:
 
 
 def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, config: ConfigDict) -> np.ndarray:
-    """Weights [N]: softmax of temperature * reward times the number of samples it runs over, so their mean is 1."""
+    """Weights [N]: softmax of temperature * reward, times the number of samples it runs over; their mean is 1."""
     logits = config.temperature * np.asarray(rewards, np.float64)
     if config.softmax_over == "batch":
         return softmax_weights(logits)

@@ -1,6 +1,7 @@
 """Sparse reward-weighted regression: the denoising loss on samples of the policy whose reward reaches a threshold.
 
-Papers: 001 section 4.1 (w_sparse); 004 section 3.2, Algorithm 2. Weight 1[r >= C]: imitation of the best samples.
+Papers: Black et al. 2023, arXiv:2305.13301, section 4.1 (w_sparse); Gao et al. 2025, section 3.2, Algorithm 2.
+The weight is 1[r >= C]: the policy imitates its best samples.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def default_config() -> ConfigDict:
 
 
 def traits(config: ConfigDict) -> Traits:
-    """A regression: any sampler's data will do."""
+    """It is a regression: any sampler's data will do."""
     options.check(config, choices=CHOICES, non_negative=("refresh_every",))
     if config.threshold_by == "percentile" and not 0 <= config.threshold <= 100:
         raise InputError(options.fault(config, "threshold", "a percentile must be 0 to 100", "90.0"))

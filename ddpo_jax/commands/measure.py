@@ -1,4 +1,4 @@
-"""Measures which denoising steps decide the reward: Fig. 2 and Fig. 3 of the paper on selective timestep weighting.
+"""Measures which denoising steps decide the reward ("Selective Timestep Weighting" (anonymous), Fig. 2 and 3).
 
 usage: ddpo_jax measure --config=FILE[:CHOICES] --out=DIR [--config.KEY=VALUE ...] [flags below]
 

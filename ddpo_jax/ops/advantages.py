@@ -47,13 +47,16 @@ def group_mean_baseline(rewards: Rewards, prompt_ids: PromptIds) -> np.ndarray:
 
 
 def group_zscore(rewards: Rewards, prompt_ids: PromptIds, eps: float = 1e-6) -> np.ndarray:
-    """``(r - mean) / (std + eps)`` over the samples of the same prompt in this batch (GRPO; 000 section 3)."""
+    """``(r - mean) / (std + eps)`` over the samples of the same prompt in this batch (GRPO, Shao et al. 2024)."""
     mean, std, _ = group_statistics(rewards, prompt_ids)
     return (np.asarray(rewards, np.float64) - mean) / (std + eps)
 
 
 def leave_one_out(rewards: Rewards, prompt_ids: PromptIds) -> np.ndarray:
-    """``r_i - mean_{j != i} r_j`` over the K samples of a prompt (003 Eq. 14); equals ``(r_i - mean) K / (K - 1)``."""
+    """``r_i - mean_{j != i} r_j`` over the K samples of a prompt, which equals ``(r_i - mean) K / (K - 1)``.
+
+    Source: Gupta et al. 2025, Eq. 14.
+    """
     require_groups(prompt_ids, "a leave-one-out baseline")
     mean, _, count = group_statistics(rewards, prompt_ids)
     return (np.asarray(rewards, np.float64) - mean) * count / (count - 1)
@@ -71,9 +74,10 @@ def softmax_weights(logits: np.ndarray, prompt_ids: PromptIds | None = None) -> 
 
 
 class PromptStats:
-    """Recent rewards of every prompt, in a ring buffer each (001 appendix D.1; 000 for the windowed form).
+    """Recent rewards of every prompt, each prompt in a ring buffer of its own (Black et al. 2023, appendix D.1).
 
-    It is part of the training state: ``state_dict`` is flat arrays and a counter, made for a checkpoint.
+    B2-DiffuRL (Hu et al. 2025) limits the buffer by the number of updates in place of its length. The buffers are part
+    of the training state: ``state_dict`` is flat arrays and a counter, made for a checkpoint.
     """
 
     def __init__(self) -> None:
@@ -128,7 +132,7 @@ class PromptStats:
         return (np.asarray(rewards, np.float64) - mean) / (std + eps)
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """All that continuing needs: prompt_ids i64[M], counts i64[M], rewards f64[R], stamps i64[R], updates i64."""
+        """What is needed to continue: prompt_ids i64[M], counts i64[M], rewards f64[R], stamps i64[R], updates i64."""
         ids = sorted(self._rewards)
         return {
             "prompt_ids": np.array(ids, np.int64),

@@ -9,7 +9,7 @@ from ddpo_jax.types import AnyArray
 
 
 def fill(values: Float[AnyArray, "..."], mask: Float[AnyArray, "..."]) -> Float[Array, "..."]:
-    """``values`` where ``mask`` is not 0, else 0; what stands at masked entries (inf and nan too) has no gradient."""
+    """``values`` where ``mask`` is not 0, else 0. Masked entries, inf and nan included, have no gradient."""
     return jnp.where(mask != 0, values, jnp.zeros((), values.dtype))
 
 

@@ -19,14 +19,14 @@ class Mean:
 
     @classmethod
     def empty(cls) -> Mean:
-        """Of nothing."""
+        """The mean of no values."""
         return cls(total=jnp.zeros(()), count=jnp.zeros(()))
 
     @classmethod
     def of(cls, values: jax.typing.ArrayLike, mask: jax.typing.ArrayLike | None = None) -> Mean:
-        """Of all ``values``, or of those where ``mask`` (same shape, 0 or 1, or weights) is not zero.
+        """The mean of all ``values``, or of those where ``mask`` (same shape, 0 or 1, or weights) is not zero.
 
-        What stands under a zero of the mask does not matter, NaN included.
+        Values under a zero of the mask do not matter, even if they are NaN.
         """
         values = jnp.asarray(values, jnp.float32)
         if mask is None:
@@ -55,12 +55,12 @@ class Max:
 
     @classmethod
     def empty(cls) -> Max:
-        """Of nothing."""
+        """The maximum of no values."""
         return cls(value=jnp.float32(-jnp.inf))
 
     @classmethod
     def of(cls, values: jax.typing.ArrayLike) -> Max:
-        """Of all ``values``."""
+        """The maximum of all ``values``."""
         return cls(value=jnp.asarray(values, jnp.float32).max())
 
     def merge(self, other: Max) -> Max:

@@ -1,4 +1,4 @@
-"""Which steps of a trajectory an update trains, and with what weight. Host arrays; a pure function of its generator."""
+"""Which steps of a trajectory an update trains, and with what weight: numpy on the host, random by a generator only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from ddpo_jax.errors import InputError
 def normalise(weights: Float[np.ndarray, "N T"], trained: Bool[np.ndarray, " T"]) -> Float[np.ndarray, "N T"]:
     """Timestep weights with mean 1 over the trained steps of every trajectory, 0 elsewhere.
 
-    The scale of a weighting scheme then never changes the learning rate (selective timestep weighting, section 4.1).
+    The scale of a weighting scheme then never changes the learning rate ("Selective Timestep Weighting" (anonymous),
+    Fig. 4: "all normalized to mean 1").
 
     Raises:
       InputError: if a trajectory's weights are negative, not finite or all zero.
@@ -29,7 +30,7 @@ def normalise(weights: Float[np.ndarray, "N T"], trained: Bool[np.ndarray, " T"]
 def uniform_subset(
     rng: np.random.Generator, num_samples: int, trained: Bool[np.ndarray, " T"], count: int
 ) -> Int[np.ndarray, "N S"]:
-    """``count`` different trained steps of every sample, in an order drawn for each sample independently."""
+    """``count`` different trained steps of every sample, in an order that is drawn for each sample independently."""
     steps = np.tile(np.flatnonzero(trained), (num_samples, 1))
     return rng.permuted(steps, axis=1)[:, :count].astype(np.int32)
 

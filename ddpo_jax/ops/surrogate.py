@@ -1,4 +1,4 @@
-"""Policy-gradient surrogates: minimising them ascends the expected reward. All are element-wise and unreduced."""
+"""Policy-gradient surrogates: minimising them ascends the expected reward. They are element-wise, not reduced."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ def clipped(
     advantages: Float[AnyArray, "..."],
     clip_range: float,
 ) -> Float[Array, "..."]:
-    """PPO surrogate ``max(-A r, -A clip(r, 1 - c, 1 + c))`` (Schulman et al. 2017 Eq. 7; DDPO; LOOP Eq. 13).
+    """PPO surrogate ``max(-A r, -A clip(r, 1 - c, 1 + c))`` (Schulman et al. 2017, Eq. 7; Gupta et al. 2025, Eq. 3).
 
     The gradient vanishes only where a move in the direction of the advantage has already left the trust region.
 
     Args:
-      log_prob: current log-probabilities, any shape.
-      old_log_prob: of the policy that sampled, same shape.
+      log_prob: log-probabilities under the current policy, of any shape.
+      old_log_prob: those under the policy that sampled, of the same shape.
       advantages: broadcastable to that shape.
       clip_range: c, on the ratio.
 
-    Returns: the unreduced loss, same shape and dtype as ``log_prob``.
+    Returns:
+      The loss, not reduced, of the shape and dtype of ``log_prob``.
     """
     value = ratio(log_prob, old_log_prob)
     limited = jnp.clip(value, 1.0 - clip_range, 1.0 + clip_range)
@@ -44,11 +45,12 @@ def clamped(
 ) -> Float[Array, "..."]:
     """Clamp-only surrogate ``-A clip(r, 1 - c, 1 + c)``: no gradient outside the range, in either direction.
 
-    It is what DPOK's public code computes. Unlike ``clipped`` it also drops samples that should be pulled back.
+    The public code of DPOK (Fan et al. 2023) computes this. Unlike ``clipped`` it also drops samples that should be
+    pulled back.
     """
     return jnp.clip(ratio(log_prob, old_log_prob), 1.0 - clip_range, 1.0 + clip_range) * -advantages
 
 
 def score_function(log_prob: Float[Array, "..."], advantages: Float[AnyArray, "..."]) -> Float[Array, "..."]:
-    """Likelihood-ratio (REINFORCE) loss ``-A log_prob``; valid for samples of the current policy only."""
+    """Likelihood-ratio (REINFORCE) loss ``-A log_prob``, which holds for samples of the current policy only."""
     return log_prob * -advantages

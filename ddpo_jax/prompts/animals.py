@@ -1,6 +1,7 @@
 """The animals of the papers in a sentence: 45 common ones for training, 45 others to test generalisation.
 
-Source: 001 (Black et al. 2023) trains on the first list, 000 tests on the second; both printed in 000, appendix A.2.
+Source: Black et al. 2023 train on the first list and "Selective Timestep Weighting" (anonymous) tests on the second;
+the latter prints both in its appendix A.2.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Replay: past trajectories trained on again. ``buffer`` keeps them; a rule, one file each, says which come back.
+"""Replay: past trajectories are trained on again. ``buffer`` keeps them; a rule, one file each, says which come back.
 
 A rule defines ``default_config()``, ``SOURCE`` ("past": the buffer; "current": the epoch just sampled; "nothing") and
-``priority(rewards f32[N], advantages f32[N], age i64[N] in epochs, rng, config) -> f64[N]``: the highest come first,
-minus infinity never.
+``priority(rewards f32[N], advantages f32[N], age i64[N] in epochs, rng, config) -> f64[N]``. The samples of the highest
+priority come back first; those of minus infinity never do.
 """

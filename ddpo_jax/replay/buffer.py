@@ -1,7 +1,8 @@
 """The replay buffer: scored trajectories of the last epochs on the host, and the choice of which to train on again.
 
-Selective timestep weighting (000), Algorithm 1: after an epoch's own updates the best k trajectories per device come
-back with the advantages and log-probabilities they were sampled with; then the epoch enters and what is too old leaves.
+Source: "Selective Timestep Weighting" (anonymous), section 4.3 and Algorithm 1. After an epoch's own updates the best k
+trajectories per device come back with the advantages and log-probabilities they were sampled with. Then the epoch
+enters the buffer and what is too old leaves it.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Buffer:
         """Args:
         rule: a module of ``ddpo_jax.replay`` (``SOURCE`` and ``priority``), or the user's own.
         config: the ``replay`` section: ``name``, ``k``, ``history`` and the options of the rule.
-        whole_groups: the samples of one draw of a prompt come back together or not at all.
-        num_devices: of the run; ``k`` samples come back for each.
+        whole_groups: whether the samples of one draw of a prompt come back together or not at all.
+        num_devices: of the run; ``k`` samples come back for each device.
 
         Raises:
           InputError: the rule's ``SOURCE`` is missing or unknown.
@@ -56,12 +57,12 @@ class Buffer:
         return sum(len(samples) for _, samples in self._epochs)
 
     def retrieve(self, current: Samples, epoch: int, rng: np.random.Generator) -> Samples | None:
-        """The ``k * num_devices`` samples of highest priority, best first (with whole groups: best group first).
+        """The ``k * num_devices`` samples of the highest priority, best first (with whole groups, best group first).
 
         Args:
           current: the epoch just sampled, with its advantages.
-          epoch: its number.
-          rng: of the rules that draw at random.
+          epoch: the number of that epoch.
+          rng: what rules that choose at random draw from.
 
         Returns:
           The samples, or None where there are not that many (the first epoch).
@@ -91,8 +92,9 @@ class Buffer:
         self._epochs.append((epoch, Samples(**fields)))
 
     def state_dict(self) -> dict[str, np.ndarray]:
-        """All that continuing needs, as flat arrays whose length alone depends on the content (so that an empty buffer
-        is the pattern of a full one): each field's values and shape without its leading axis, and each sample's epoch.
+        """Everything that is needed to continue: of each field its values and its shape without the leading axis, and
+        the epoch of each sample. The arrays are flat, and their lengths alone depend on the content, so that the state
+        of an empty buffer is a pattern for that of a full one.
         """
         samples = _concatenate([entry for _, entry in self._epochs]) if self._epochs else None
         state = {

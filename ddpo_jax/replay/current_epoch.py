@@ -1,6 +1,7 @@
-"""Trajectories of the epoch just sampled, drawn at random: more updates without a memory (000 appendix A.3, Fig. 9).
+"""Trajectories of the epoch just sampled come back, drawn at random: more updates without a memory.
 
-The ablation that tells whether hard-mining helps by what it picks or merely by training more.
+Source: "Selective Timestep Weighting" (anonymous), appendix A.3, Fig. 9. The ablation tells whether hard-mining helps
+by what it picks or merely by training more.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ SOURCE = "current"
 
 
 def default_config() -> ConfigDict:
-    """No options of its own; ``replay.k`` applies, ``replay.history`` does not."""
+    """The rule has no options of its own; ``replay.k`` applies, ``replay.history`` does not."""
     return ConfigDict()
 
 

@@ -1,6 +1,7 @@
-"""Historical hard-mining: the past trajectories with the largest absolute advantage (000 section 4.3, Algorithm 1).
+"""Historical hard-mining: the past trajectories with the largest absolute advantage come back.
 
-They hold the denoising steps that changed the reward most, for better or worse.
+Source: "Selective Timestep Weighting" (anonymous), section 4.3, Algorithm 1. These trajectories hold the denoising
+steps that changed the reward most, for better or worse.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ SOURCE = "past"
 
 
 def default_config() -> ConfigDict:
-    """No options of its own; ``replay.k`` and ``replay.history`` apply."""
+    """The rule has no options of its own; ``replay.k`` and ``replay.history`` apply."""
     return ConfigDict()
 
 

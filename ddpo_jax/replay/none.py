@@ -1,4 +1,4 @@
-"""No replay: every epoch trains on its own samples only."""
+"""Nothing is replayed: every epoch trains on its own samples only."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ SOURCE = "nothing"
 
 
 def default_config() -> ConfigDict:
-    """No options."""
+    """There are no options."""
     return ConfigDict()
 
 
 def priority(
     rewards: np.ndarray, advantages: np.ndarray, age: np.ndarray, rng: np.random.Generator, config: ConfigDict
 ) -> np.ndarray:
-    """Nothing is ever picked: minus infinity [N]."""
+    """Minus infinity [N]: nothing is ever picked."""
     return np.full(len(rewards), -np.inf)

@@ -1,4 +1,7 @@
-"""Past trajectories drawn uniformly, without replacement: what hard-mining is compared with (000 Fig. 7d)."""
+"""Past trajectories come back, drawn uniformly and without replacement: what hard-mining is compared with.
+
+Source: "Selective Timestep Weighting" (anonymous), section 4.3, Fig. 7d.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ SOURCE = "past"
 
 
 def default_config() -> ConfigDict:
-    """No options of its own; ``replay.k`` and ``replay.history`` apply."""
+    """The rule has no options of its own; ``replay.k`` and ``replay.history`` apply."""
     return ConfigDict()
 
 

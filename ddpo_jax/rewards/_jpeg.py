@@ -12,7 +12,7 @@ QUALITY = 95
 
 
 def kilobytes(images: UInt8[np.ndarray, "N H W 3"]) -> Float32[np.ndarray, " N"]:
-    """Bytes / 1000 of each image as JPEG: Pillow, quality 95, every other option at its default (DDPO, section 5)."""
+    """Bytes / 1000 of each image as JPEG: Pillow, quality 95, all else at its default (Black et al. 2023)."""
     sizes = np.empty(len(images), np.float32)
     for i, image in enumerate(images):
         buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Minus the size of the image as JPEG in kB (1000 bytes): the smaller, the better (DDPO, arXiv:2305.13301, section 5).
+"""Minus the size of the image as JPEG in kB (1000 bytes): the smaller, the better (Black et al. 2023, section 5).
 
 No network. A black 512x512 image is 4.723 kB; Stable Diffusion 1.5 on unseen animals averages 118.75 kB.
 """

@@ -5,9 +5,9 @@ reward queries after which it first reaches the final reward of the baseline, an
 baseline itself needs. The baseline is --baseline, or the plainest group: the one with the fewest settings that differ
 from the defaults.
 
-Curves are smoothed as in the papers, by a running average over the last queries: 500 (000) where the shortest run has
-4000 or more, an eighth of the shortest run where it has fewer, or --smooth. The final reward is the last point of the
-smoothed curve. Shaded: one standard deviation over seeds.
+Curves are smoothed by a running average over the last queries: 500 where the shortest run has 4000 or more (as in
+"Selective Timestep Weighting", Fig. 7), an eighth of the shortest run where it has fewer, or --smooth. The final reward
+is the last point of the smoothed curve. Shaded: one standard deviation over seeds.
 """
 
 from __future__ import annotations

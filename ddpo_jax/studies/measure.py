@@ -1,4 +1,4 @@
-"""Measures which denoising steps decide the reward: Fig. 2 and Fig. 3 of the paper on selective timestep weighting.
+"""Measures which denoising steps decide the reward ("Selective Timestep Weighting" (anonymous), Fig. 2 and 3).
 
 - ``x0_change``: the reward of the predicted clean image at every step, and by how much each step changes it.
 - ``branch_variance``: denoise to a step, branch into many continuations with fresh noise, and take the variance of

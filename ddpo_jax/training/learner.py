@@ -267,7 +267,7 @@ class Learner:
         context: Array,
         uncond: Array,
     ) -> Float[Array, " M"]:
-        """The denoising loss of the final latents at a random training timestep (DDPO paper, Eq. 1)."""
+        """The denoising loss of the final latents at a random training timestep (Black et al. 2023, Eq. 1)."""
         schedule, clean = policy.schedule, batch.latents[rows, -1]
 
         def draw(seed: Array) -> tuple[Array, Array]:

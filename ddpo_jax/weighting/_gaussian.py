@@ -1,7 +1,8 @@
 """A Gaussian over the position of a step in the trajectory: what the three Gaussian weightings share.
 
-000 (section 4.2, Fig. 4) gives no numbers. Here a position runs from 0 (the noisiest step) to 1 (the last), the centres
-are 0, 1/2 and 1, so that "early" falls and "late" rises all along, and the width is 1/4.
+"Selective Timestep Weighting" (anonymous), section 4.2 and Fig. 4, gives no numbers. Here a position runs from 0 (the
+noisiest step) to 1 (the last), the centres are 0, 1/2 and 1, so that "early" falls and "late" rises all along, and the
+width is 1/4.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def options(centre: float) -> ConfigDict:
 
 
 def check(config: ConfigDict, num_steps: int) -> None:
-    """Refuses a Gaussian that is none.
+    """Refuses options that give no Gaussian.
 
     Raises:
       InputError: one line for each wrong option.

@@ -1,12 +1,12 @@
-"""Steps count by the variance of their advantage, from a table that ``python -m ddpo_jax.measure`` wrote.
+"""Steps count by the variance of their advantage, from a table that ``ddpo_jax measure`` wrote.
 
-Theory (000 section 4.1 and appendix A.4): given the advantage of the whole trajectory, step k has the expected share
-``sigma_k^2 / sum sigma_i^2`` of it. ``sigma_k`` is estimated by denoising to step k, branching into many continuations
-and taking the variance of the final reward.
+Theory ("Selective Timestep Weighting" (anonymous), section 4.1.2 and appendix A.4): given the advantage of the whole
+trajectory, the expected share of step k in it is ``sigma_k^2 / sum sigma_i^2``. ``sigma_k`` is estimated (their section
+4.1.3) by denoising to step k, branching into many continuations and taking the variance of the final reward.
 
 That variance is what *all* steps from k on contribute together, so it can only fall with k. The paper takes it for
-sigma_k^2 itself: ``form = "branch"``. The share of step k alone, by the law of total variance, is what it falls by at
-that step: ``form = "increment"``.
+sigma_k^2 itself: ``form = "branch"``. By the law of total variance, the share of step k alone is what the variance
+falls by at that step: ``form = "increment"``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _row(config: ConfigDict, num_steps: int) -> Float[np.ndarray, " T"]:
     if config.form not in FORMS:
         raise InputError(f"weighting.form: received {config.form!r}; it must be one of {', '.join(FORMS)}; use branch")
     received = f"weighting.table: received {config.table!r}"
-    how = f"write one with python -m ddpo_jax.measure --config.sample.num_steps={num_steps}"
+    how = f"write one with ddpo_jax measure --config.sample.num_steps={num_steps}"
     if not config.table:
         raise InputError(f"{received}; it must be the path of a measure.json; {how}")
     try:

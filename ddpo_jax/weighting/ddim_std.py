@@ -1,6 +1,7 @@
-"""Steps count by the noise they add: the standard deviation of the reverse step (000 section 4.2; TempFlow's choice).
+"""Steps count by the noise they add: the standard deviation of the reverse step.
 
-It falls towards the end of the trajectory, and is the same for every trajectory.
+Source: "Selective Timestep Weighting" (anonymous), section 4.2; the choice of TempFlow (He et al. 2025,
+arXiv:2508.04324). It falls towards the end of the trajectory and is the same for every trajectory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from ddpo_jax.diffusion.schedule import Schedule
 
 
 def default_config() -> ConfigDict:
-    """No options."""
+    """There are no options."""
     return ConfigDict()
 
 

@@ -1,4 +1,7 @@
-"""The last steps count most: a Gaussian over the step's position (worst of the three in 000, Fig. 7c)."""
+"""The last steps count most: a Gaussian over the step's position.
+
+It is the worst of the three Gaussians in "Selective Timestep Weighting" (anonymous), Fig. 7c.
+"""
 
 from __future__ import annotations
 
@@ -11,5 +14,5 @@ __all__ = ["check", "default_config", "weights"]
 
 
 def default_config() -> ConfigDict:
-    """``centre`` and ``width``."""
+    """The options are ``centre`` and ``width``."""
     return _gaussian.options(centre=1.0)

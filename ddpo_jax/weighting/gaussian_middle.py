@@ -1,4 +1,7 @@
-"""The middle steps count most: a Gaussian over the step's position (between early and late in 000, Fig. 7c)."""
+"""The middle steps count most: a Gaussian over the step's position.
+
+It stands between early and late in "Selective Timestep Weighting" (anonymous), Fig. 7c.
+"""
 
 from __future__ import annotations
 
@@ -11,5 +14,5 @@ __all__ = ["check", "default_config", "weights"]
 
 
 def default_config() -> ConfigDict:
-    """``centre`` and ``width``."""
+    """The options are ``centre`` and ``width``."""
     return _gaussian.options(centre=0.5)

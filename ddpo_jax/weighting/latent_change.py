@@ -1,4 +1,7 @@
-"""Steps count by how far they moved this trajectory's latents: the mean of ``|z_t - z_{t-1}|`` (000 section 4.2)."""
+"""Steps count by how far they moved this trajectory's latents: the mean of ``|z_t - z_{t-1}|``.
+
+Source: "Selective Timestep Weighting" (anonymous), section 4.2.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from ddpo_jax.diffusion.schedule import Schedule
 
 
 def default_config() -> ConfigDict:
-    """No options."""
+    """There are no options."""
     return ConfigDict()
 
 

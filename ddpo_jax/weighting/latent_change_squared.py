@@ -1,6 +1,6 @@
 """Steps count by the square of how far they moved this trajectory's latents: the mean of ``(z_t - z_{t-1})^2``.
 
-The scheme that 000 proposes (section 4.2 and Table 4) and finds best (Fig. 7c).
+"Selective Timestep Weighting" (anonymous) proposes this scheme (section 4.2, Table 4) and finds it best (Fig. 7c).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ddpo_jax.diffusion.schedule import Schedule
 
 
 def default_config() -> ConfigDict:
-    """No options."""
+    """There are no options."""
     return ConfigDict()
 
 

@@ -1,4 +1,4 @@
-"""Every step counts the same: the papers' baseline."""
+"""Every step counts the same, as in every paper but the one on selective timestep weighting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ddpo_jax.diffusion.schedule import Schedule
 
 
 def default_config() -> ConfigDict:
-    """No options."""
+    """There are no options."""
     return ConfigDict()
 
 

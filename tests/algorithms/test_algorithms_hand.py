@@ -187,7 +187,7 @@ def test_b2_diffurl_interval():
     module = find("algorithms", "b2_diffurl")
     config = module.default_config()
     lengths = [module.interval(i, 100, 20, config) for i in range(100)]
-    assert lengths == [14 + (7 * i) // 100 for i in range(100)]  # spec section 3
+    assert lengths == [14 + (7 * i) // 100 for i in range(100)]  # Hu et al. 2025: s0 + floor((T - s0 + 1) i / 100)
     assert (lengths[0], lengths[14], lengths[15], lengths[85], lengths[86], lengths[99]) == (14, 14, 15, 19, 20, 20)
     assert [module.interval(i, 4, 10, config) for i in range(4)] == [7, 8, 9, 10]
     assert module.interval(7, 4, 10, config) == 10  # a run continued beyond its stages trains all steps

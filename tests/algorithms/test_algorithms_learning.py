@@ -139,7 +139,7 @@ def test_prdp_loss_is_zero_exactly_at_the_analytic_optimum(proximal):
             assert float(module.loss(*prdp_batch(BEST, sampler), config).max()) < 1e-24
         for other in (0 * BEST, 1.1 * BEST, BEST + np.array([[0.1, 0], [0, 0]])):
             assert float(module.loss(*prdp_batch(other, BEST), config).mean()) > 1e-3
-        # 002 Eq. 8: rhat = r / beta - log Z(prompt), log Z known: E exp(SLOPE . x2 / beta) over the reference's x1, x2
+        # Deng et al. 2024, Eq. 8: rhat = r / beta - log Z(prompt); Z is the reference's mean of exp(r / beta)
         terms, batch = prdp_batch(BEST, BEST)
         rhat = 2 * (terms.log_prob - terms.ref_log_prob).sum(axis=1)
         x0 = rollout(np.random.default_rng(0), BEST, True, 0)[:, 0]

@@ -44,7 +44,7 @@ class Direct:
 
 
 def ppo(ratio, advantage, clip):
-    """003 Eq. 3, as a loss."""
+    """Gupta et al. 2025, Eq. 3, as a loss."""
     return -jnp.minimum(ratio * advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * advantage)
 
 
@@ -70,7 +70,7 @@ def ddpo(d, config):
 
 
 def ddpo_iskl(d, config):
-    """004 Algorithm 5 line 31."""
+    """Gao et al. 2025, Algorithm 5, line 31."""
     scale = d.dims if config.log_prob_reduction == "sum" else 1
     drift = [scale * sum(d.ref_log_ratio(i, t) for t in d.steps(i)) for i in range(d.toy.shape[0])]
     return ddpo(d, config) + sum(config.kl_coef / 2 * x**2 for x in drift) / d.count
@@ -90,7 +90,7 @@ def dpok(d, config):
 
 
 def prdp(d, config):
-    """002 Eq. 14 and 18-21; Algorithm 1 line 10 with equally many images of every prompt."""
+    """Deng et al. 2024, Eq. 14 and 18-21; Algorithm 1, line 10, with equally many images of every prompt."""
     scale = d.dims if config.log_prob_reduction == "sum" else 1
     epsilon = scale * d.batch.clip_range
     plain, clipped = [], []
@@ -187,7 +187,7 @@ def test_two_pass_gradient_is_that_of_the_papers_formula(name, toy):
 
 
 def test_trajectory_ratio_has_the_gradient_of_algorithm_4(toy):
-    """004 writes -(w A) l with w a constant; inside the clip -A w has the same gradient."""
+    """Gao et al. 2025, Algorithm 4, write -(w A) l with w a constant; inside the clip -A w has the same gradient."""
     module, data = find("algorithms", "ddpo"), toy.data()
     config = module.default_config()
     config.ratio_level = "trajectory"

@@ -120,7 +120,7 @@ def torch_network(params, latents, timesteps, context):
 
 
 def torch_terms(params, batch):
-    """log_prob, ref_log_prob, kl, noise_mse [N, S] by the formulas of the spec, all pairs in one batch, float64."""
+    """log_prob, ref_log_prob, kl, noise_mse [N, S] by the formulas of Song et al. 2021, all pairs at once, float64."""
     schedule = toy.policy(T).schedule
     count = batch.steps.shape[1]
     rows, steps = np.repeat(np.arange(N), count), batch.steps.reshape(-1)

@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 
 
 class Theirs:
-    """DDPO with importance sampling as 001 describes it, one sample and one step after the other."""
+    """DDPO with importance sampling as Black et al. 2023 describe it, one sample and one step after the other."""
 
     def __init__(self, folder):
         self.unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").double()

@@ -69,7 +69,7 @@ def test_ddim_std_is_the_ddpm_posterior_deviation():
         want.append(math.sqrt((1 - before) / (1 - now) * beta))
     got = weigh("ddim_std", np.zeros((2, 11, 1, 1, 1), np.float32), make_schedule(10))
     np.testing.assert_allclose(got, [want, want], rtol=2e-6)
-    assert (np.diff(want) < 0).all()  # "monotonically decreasing" (000, section 4.2)
+    assert (np.diff(want) < 0).all()  # "monotonically decreasing" ("Selective Timestep Weighting", section 4.2)
 
 
 @pytest.mark.parametrize(
