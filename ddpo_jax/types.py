@@ -21,15 +21,18 @@ TERMS = ("log_prob", "ref_log_prob", "kl", "noise_mse", "denoise_mse", "value")
 
 @struct.dataclass
 class Trajectory:
-    """A denoising trajectory of every sample, as the sampler returns it."""
+    """A denoising trajectory of every sample: on the device as the sampler returns it, later on the host."""
 
-    latents: Float[Array, "N T1 h w c"]  # T1 = T + 1; latents[:, 0] is the initial noise, latents[:, T] is decoded
-    log_prob: Float[Array, "N T"]  # of latents[:, t + 1] given latents[:, t], under the policy that sampled it
+    latents: Float[AnyArray, "N T1 h w c"]  # T1 = T + 1; latents[:, 0] is the initial noise, latents[:, T] is decoded
+    log_prob: Float[AnyArray, "N T"]  # of latents[:, t + 1] given latents[:, t], under the policy that sampled it
 
 
 @struct.dataclass
-class Samples:
-    """Scored trajectories on the host (numpy): what an epoch trains on and what replay keeps. Leading axis N."""
+class ScoredSamples:
+    """Trajectories with rewards and advantages, on the host: what an epoch trains on and what replay keeps.
+
+    Replay saves these fields by name in a run's checkpoints, so their names are part of that format.
+    """
 
     latents: Float[np.ndarray, "N T1 h w c"]
     log_prob: Float[np.ndarray, "N T"]
@@ -39,9 +42,9 @@ class Samples:
     prompt_ids: Int[np.ndarray, " N"]  # 63-bit hash of the prompt
     group_ids: Int[np.ndarray, " N"]  # equal for the K samples of one draw of a prompt
     rewards: Float[np.ndarray, " N"]
-    advantages: Float[np.ndarray, " N"]
+    advantages: Float[np.ndarray, " N"]  # in double precision until they are replayed or reach a device
 
-    def __getitem__(self, index: Any) -> Samples:
+    def __getitem__(self, index: Any) -> ScoredSamples:
         """The samples that a numpy index picks."""
         return jax.tree.map(lambda x: x[index], self)
 

@@ -17,94 +17,14 @@ import math
 import pathlib
 from collections.abc import Sequence
 
-import jax
-import numpy as np
-from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from ddpo_jax.commands import _cli as cli
-from ddpo_jax.config import default_config
-from ddpo_jax.config.resolve import resolve
-from ddpo_jax.diffusion import sampler, schedule
-from ddpo_jax.diffusion.policy import Policy
 from ddpo_jax.errors import InputError
-from ddpo_jax.models import lora
-from ddpo_jax.training.build import Model, load_model
-from ddpo_jax.training.trained import load_trained
-from ddpo_jax.types import Params
+from ddpo_jax.training.trained import draw, load_base, load_trained
 from ddpo_jax.workdir import grid
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-
-def draw(
-    model: Model, prompts: Sequence[str], config: ConfigDict, seed: int, num_images: int
-) -> UInt8[np.ndarray, "N H W 3"]:
-    """``num_images`` of each prompt, those of a prompt next to each other.
-
-    Args:
-      model: networks and parameters.
-      prompts: texts.
-      config: its ``sample`` section says how: ``num_steps``, ``guidance_scale``, ``eta``, ``batch_size``.
-      seed: of the initial noise and the noise of the steps, which image k of every prompt shares.
-      num_images: of each prompt.
-    """
-    pipe, options = model.pipeline, config.sample
-    steps = schedule.make(pipe.scheduler_config, options.num_steps, options.eta)
-
-    def denoise(params: Params, frozen: Params, uncond: jax.Array, context: jax.Array, ids: jax.Array) -> jax.Array:
-        policy = Policy(steps, options.guidance_scale).bind(model.network, frozen)
-        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(ids)
-        return sampler.sample(policy, params, keys, context, uncond, pipe.latent_shape).latents[:, -1]
-
-    compiled = jax.jit(denoise)
-    uncond, context = pipe.embed([""])[0], np.repeat(pipe.embed(list(prompts)), num_images, axis=0)
-    ids = np.tile(np.arange(num_images, dtype=np.int32), len(prompts))
-    count, size = len(ids), min(len(ids), options.batch_size)
-    images = []
-    for start in range(0, count, size):
-        rows = np.resize(np.arange(start, min(start + size, count)), size)  # the last batch is filled up: one program
-        latents = compiled(model.params, model.frozen, uncond, context[rows], ids[rows])
-        images.append(np.asarray(pipe.decode(latents)))
-    return np.concatenate(images)[:count]
-
-
-def load(args: argparse.Namespace, backend: str, devices: int) -> tuple[ConfigDict, Model, str]:
-    """Config, model and a few words on it, of parsed arguments."""
-    if args.workdir:
-        config, model = load_trained(args.workdir, args.epoch, args.ema)
-        return config, model, f"{config.model} trained in {args.workdir} (epoch {args.epoch})"
-    config = default_config()
-    config.model = args.model
-    config.train.lora_rank = 0
-    config, _ = resolve(config, backend, devices)
-    model = load_model(config)
-    if not args.lora:
-        return config, model, config.model
-    model.params = adapted(model.params, args.lora)
-    return config, model, f"{config.model} with {args.lora}"
-
-
-def adapted(params: Params, path: str) -> Params:
-    """A network's parameters with the adapters of a file merged into them.
-
-    Raises:
-      InputError: the file cannot be read, or its adapters are of another network.
-    """
-    try:
-        adapters = lora.load(path)
-    except (OSError, ValueError) as error:  # both name the file
-        raise InputError(f"--lora: {error}") from error
-    base = {name: np.asarray(value) for name, value in params.items()}
-    for layer in sorted({name.rpartition(".")[0] for name in adapters}):
-        wanted = adapters[f"{layer}.{lora.DOWN}"].shape[0], adapters[f"{layer}.{lora.UP}"].shape[1]
-        kernel = base.get(f"{layer}.kernel")
-        if kernel is None or kernel.shape != wanted:
-            raise InputError(
-                f"--lora: received '{path}'; it adapts {layer} of shape {wanted}, which the model has as "
-                f"{None if kernel is None else kernel.shape}; use the --model that the adapters were trained on"
-            )
-    return jax.device_put(lora.merge(base | adapters))
 
 
 def check(args: argparse.Namespace) -> None:
@@ -145,13 +65,19 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", required=True, help="picture to write, such as grid.png")
     args = parser.parse_args(argv)
     check(args)
-    config, model, name = load(args, *cli.start_jax())
+    backend, devices = cli.start_jax()
+    if args.workdir:
+        config, model = load_trained(args.workdir, args.epoch, args.ema)
+        name = f"{config.model} trained in {args.workdir} (epoch {args.epoch})"
+    else:
+        config, model = load_base(args.model, args.lora, backend, devices)
+        name = f"{config.model} with {args.lora}" if args.lora else config.model
     config = ConfigDict(config)
     options = config.sample
     for key, value in (("num_steps", args.steps), ("guidance_scale", args.guidance), ("eta", args.eta)):
         if value is not None:
             options[key] = value
-    images = draw(model, args.prompt, config, args.seed, args.num_images)
+    images = draw(model, config, args.prompt, args.num_images, args.seed)
     how = f"{options.num_steps} steps, guidance {options.guidance_scale:g}, eta {options.eta:g}, seed {args.seed}"
     captions = [prompt or "(no prompt)" for prompt in args.prompt for _ in range(args.num_images)]
     out = pathlib.Path(args.out).expanduser()

@@ -1,4 +1,4 @@
-"""What a config must know of ``config.model`` before any weight is read: its folder and the shape of its latents."""
+"""What is known of ``config.model`` before any weight is read: its folder, the shape of its latents, its scheduler."""
 
 from __future__ import annotations
 
@@ -64,13 +64,9 @@ def latent_shape(model: str, revision: str) -> tuple[int, int, int]:
     Raises:
       InputError: the file cannot be had or does not say it.
     """
-    folder = local_folder(model)
-    if folder is None:
-        if model in LATENTS:
-            return LATENTS[model]
-        path = _download(model, revision)
-    else:
-        path = folder / "unet" / "config.json"
+    if local_folder(model) is None and model in LATENTS:
+        return LATENTS[model]
+    path = _small_file(model, revision, "unet/config.json")
     config = read_json(path)
     config = {"sample_size": None, "in_channels": None} | config
     size, channels = config["sample_size"], config["in_channels"]
@@ -82,6 +78,15 @@ def latent_shape(model: str, revision: str) -> tuple[int, int, int]:
         raise InputError(f"{path} in_channels: received {channels!r}; {rule}; export the model again")
     h, w = sides
     return h, w, channels
+
+
+def scheduler_config(model: str, revision: str) -> dict[str, Any]:
+    """The content of ``scheduler/scheduler_config.json``; of a hub id that small file is downloaded.
+
+    Raises:
+      InputError: the file cannot be had.
+    """
+    return read_json(_small_file(model, revision, "scheduler/scheduler_config.json"))
 
 
 def is_miniature(model: str) -> bool:
@@ -121,11 +126,15 @@ def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 1 << 16
 
 
-def _download(model: str, revision: str) -> pathlib.Path:
+def _small_file(model: str, revision: str, name: str) -> pathlib.Path:
+    folder = local_folder(model)
+    if folder is not None:
+        return folder / name
     import huggingface_hub
 
+    commit = revision or PINNED.get(model)
     try:
-        return pathlib.Path(huggingface_hub.hf_hub_download(model, "unet/config.json", revision=revision or None))
+        return pathlib.Path(huggingface_hub.hf_hub_download(model, name, revision=commit))
     except Exception as error:  # the client and what it stands on raise many unrelated types
         raise InputError(
             f"model: received {model!r}; not a local folder, and the hub gave nothing ({one_line(error)[:200]}); "

@@ -1,67 +1,59 @@
-"""One denoising step as a Gaussian policy: its mean, standard deviation and log-probability, all in float32.
+"""DDIM as a noise process: each denoising step is a Gaussian whose mean and standard deviation are known, in float32.
 
-DDIM with noise (Song et al. 2021, Eq. 12 and 16); eta = 1 is the DDPM posterior (Ho et al. 2020, Eq. 7).
+DDIM with noise (Song et al. 2021, arXiv:2010.02502, Eq. 12 and 16); eta = 1 is the posterior of DDPM (Ho et al. 2020,
+arXiv:2006.11239, Eq. 7).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
-from ddpo_jax.diffusion.schedule import Schedule
+from ddpo_jax.diffusion import schedule
 
 
-def predictions(
-    schedule: Schedule,
-    model_output: Float[Array, "B h w c"],
-    latents: Float[Array, "B h w c"],
-    alpha: Float[Array, " B"],
-    sigma: Float[Array, " B"] | None = None,
-) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
-    """The clean latents and the noise that a network output stands for: ``(x0_hat, eps_hat)``.
+@struct.dataclass
+class DDIM(schedule.NoiseLevels):
+    """A member of ``Transition``; see there for what each method means."""
 
-    ``sigma`` is sqrt(1 - alpha), where it is known better than by the float32 difference.
-    """
-    signal, noise = _column(jnp.sqrt(alpha)), _column(jnp.sqrt(1 - alpha) if sigma is None else sigma)
-    if schedule.prediction_type == "epsilon":
-        return (latents - noise * model_output) / signal, model_output
-    if schedule.prediction_type == "v_prediction":
-        return signal * latents - noise * model_output, signal * model_output + noise * latents
-    return model_output, (latents - signal * model_output) / noise
+    def predictions(
+        self, model_output: Float[Array, "B h w c"], latents: Float[Array, "B h w c"], index: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
+        """``(clean latents, noise)``, by the prediction type that the network was trained with."""
+        signal, noise = _column(jnp.sqrt(self.alpha[index])), _column(self.sigma[index])
+        if self.prediction_type == "epsilon":
+            return (latents - noise * model_output) / signal, model_output
+        if self.prediction_type == "v_prediction":
+            return signal * latents - noise * model_output, signal * model_output + noise * latents
+        return model_output, (latents - signal * model_output) / noise
 
+    def step(
+        self, model_output: Float[Array, "B h w c"], latents: Float[Array, "B h w c"], index: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B h w c"], Float[Array, " B"]]:
+        """``(mean, std)``; std is 0 where the schedule has no noise."""
+        model_output, latents = model_output.astype(jnp.float32), latents.astype(jnp.float32)
+        clean, noise = self.predictions(model_output, latents, index)
+        mean = _column(jnp.sqrt(self.alpha_prev[index])) * clean + _column(self.direction[index]) * noise
+        return mean, self.std[index]
 
-def step(
-    schedule: Schedule,
-    model_output: Float[Array, "B h w c"],
-    latents: Float[Array, "B h w c"],
-    index: Int[Array, " B"],
-) -> tuple[Float[Array, "B h w c"], Float[Array, " B"]]:
-    """The Gaussian over the next latents.
-
-    Args:
-      schedule: of T steps.
-      model_output: the (guided) network output at ``latents``.
-      latents: at step ``index``.
-      index: the step of each sample, 0 is the noisiest.
-
-    Returns:
-      mean [B, h, w, c] and standard deviation [B] (0 where the schedule has no noise).
-    """
-    model_output, latents = model_output.astype(jnp.float32), latents.astype(jnp.float32)
-    x0, eps = predictions(schedule, model_output, latents, schedule.alpha[index], schedule.sigma[index])
-    mean = _column(jnp.sqrt(schedule.alpha_prev[index])) * x0 + _column(schedule.direction[index]) * eps
-    return mean, schedule.std[index]
+    def add_noise(
+        self, clean: Float[Array, "B h w c"], noise: Float[Array, "B h w c"], timesteps: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
+        """``(noised latents, target of the network output)``."""
+        alpha = self.alphas_cumprod[timesteps]
+        signal, sigma = _column(jnp.sqrt(alpha)), _column(jnp.sqrt(1 - alpha))
+        noised = signal * clean + sigma * noise
+        target = {"epsilon": noise, "v_prediction": signal * noise - sigma * clean, "sample": clean}
+        return noised, target[self.prediction_type]
 
 
-def add_noise(
-    schedule: Schedule, clean: Float[Array, "B h w c"], noise: Float[Array, "B h w c"], timesteps: Int[Array, " B"]
-) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
-    """The forward process at training timesteps: ``(noised latents, the target of the network output)``."""
-    alpha = schedule.alphas_cumprod[timesteps]
-    signal, sigma = _column(jnp.sqrt(alpha)), _column(jnp.sqrt(1 - alpha))
-    noised = signal * clean + sigma * noise
-    target = {"epsilon": noise, "v_prediction": signal * noise - sigma * clean, "sample": clean}
-    return noised, target[schedule.prediction_type]
+def make(config: Mapping[str, Any], num_steps: int, eta: float) -> DDIM:
+    """The DDIM steps that a scheduler config describes; arguments and errors are those of ``schedule.make``."""
+    return DDIM(**vars(schedule.make(config, num_steps, eta)))
 
 
 def _column(per_sample: Float[Array, " B"]) -> Float[Array, "B 1 1 1"]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Num
 
 Network = Callable[[Array, Array, Array], Array]  # (latents, timesteps, context) -> output
 
@@ -14,7 +14,7 @@ Network = Callable[[Array, Array, Array], Array]  # (latents, timesteps, context
 def guided(
     network: Network,
     latents: Float[Array, "B h w c"],
-    timesteps: Int[Array, " B"],
+    timesteps: Num[Array, " B"],
     context: Float[Array, "B L D"],
     uncond: Float[Array, "L D"],
     scale: float,

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Num
 
 from ddpo_jax.errors import InputError
 
@@ -22,29 +22,41 @@ SPACINGS = ("leading", "trailing", "linspace")
 
 @struct.dataclass
 class Schedule:
-    """Everything a denoising step needs, per step (index 0 is the noisiest)."""
+    """The T denoising steps of any noise process; index 0 is the noisiest."""
 
-    timesteps: Int[Array, " T"]  # the network's time input, 0..num_train_timesteps-1
+    timesteps: Num[Array, " T"]  # the network's time input
+    std: Float[Array, " T"]  # standard deviation of each step's Gaussian
+    trainable: Bool[np.ndarray, " T"] = struct.field(pytree_node=False)  # False where std = 0: no density exists there
+
+    @property
+    def num_steps(self) -> int:
+        """T."""
+        return len(self.trainable)
+
+
+@struct.dataclass
+class NoiseLevels(Schedule):
+    """The steps of a process that mixes signal and noise so that their squared factors add up to 1."""
+
     alpha: Float[Array, " T"]  # alphas_cumprod at the step's timestep
     alpha_prev: Float[Array, " T"]  # and at the timestep it leads to
-    std: Float[Array, " T"]  # of the step's Gaussian: eta * sqrt(posterior variance)
     # Rounded once: near alpha = 1 the float32 difference 1 - alpha is off by up to 4e-5 of itself.
     sigma: Float[Array, " T"]  # sqrt(1 - alpha)
     direction: Float[Array, " T"]  # sqrt(1 - alpha_prev - std^2): factor of the noise prediction in the mean
     alphas_cumprod: Float[Array, " train"]  # of all training timesteps
-    trainable: Bool[np.ndarray, " T"] = struct.field(pytree_node=False)  # False where std = 0: no density exists there
     prediction_type: str = struct.field(pytree_node=False)
 
     @property
-    def num_steps(self) -> int:
-        return len(self.trainable)
+    def num_train_timesteps(self) -> int:
+        """How many timesteps the network was trained on; they count from 0."""
+        return len(self.alphas_cumprod)
 
 
-def make(config: Mapping[str, Any], num_steps: int, eta: float) -> Schedule:
+def make(config: Mapping[str, Any], num_steps: int, eta: float) -> NoiseLevels:
     """Builds the schedule of ``num_steps`` DDIM steps.
 
     Args:
-      config: the diffusers scheduler config (of any scheduler class of SD 1.x/2.x: betas and spacing are shared).
+      config: the diffusers scheduler config, of a class that ``transition.make`` accepts.
       num_steps: number of denoising steps T.
       eta: 0 is the deterministic DDIM, 1 the DDPM posterior (``variance_type = fixed_small``).
 
@@ -84,11 +96,11 @@ def make(config: Mapping[str, Any], num_steps: int, eta: float) -> Schedule:
     alpha, alpha_prev = alphas_cumprod[timesteps], np.where(prev >= 0, alphas_cumprod[np.maximum(prev, 0)], final)
     variance = (1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)
     std = eta * np.sqrt(variance)
-    return Schedule(
+    return NoiseLevels(
         timesteps=jnp.asarray(timesteps, jnp.int32),
         alpha=jnp.asarray(alpha, jnp.float32),
         alpha_prev=jnp.asarray(alpha_prev, jnp.float32),
-        std=jnp.asarray(std, jnp.float32),
+        std=jnp.asarray(std, jnp.float32),  # eta * sqrt(variance of the posterior)
         sigma=jnp.asarray(np.sqrt(1 - alpha), jnp.float32),
         # max: with set_alpha_to_one the last direction is exactly 0, and rounding must not make it imaginary
         direction=jnp.asarray(np.sqrt(np.maximum(1 - alpha_prev - std**2, 0.0)), jnp.float32),
@@ -113,7 +125,7 @@ def _betas(options: Mapping[str, Any]) -> np.ndarray:
         return np.linspace(start**0.5, end**0.5, n) ** 2
     if options["beta_schedule"] == "linear":
         return np.linspace(start, end, n)
-    # squared cosine (Nichol & Dhariwal 2021, Eq. 17), capped at 0.999
+    # squared cosine (Nichol & Dhariwal 2021, arXiv:2102.09672, Eq. 17), capped at 0.999
     alpha_bar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 

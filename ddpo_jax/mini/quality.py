@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import UInt8
 from PIL import Image
 
-from ddpo_jax.diffusion import sampler, schedule
+from ddpo_jax.diffusion import sampler, transition
 from ddpo_jax.diffusion.policy import Policy
 from ddpo_jax.mini import grammar, rating, scoring, verifier, world
 from ddpo_jax.mini.assemble import write_json
@@ -26,8 +26,10 @@ from ddpo_jax.mini.stages import clip_pixels, neighbor
 from ddpo_jax.models import keys, pipeline, weights
 from ddpo_jax.models.aesthetic_head import AestheticHead, AestheticHeadConfig, score
 from ddpo_jax.models.clip import CLIP, CLIPConfig, normalize
+from ddpo_jax.models.functional import functional
 from ddpo_jax.models.pipeline import Pipeline
 from ddpo_jax.models.tokenizer import Tokenizer
+from ddpo_jax.types import Params
 from ddpo_jax.workdir import grid
 
 STEPS = 20
@@ -35,19 +37,18 @@ MANY = 64  # pictures sampled or encoded at once
 
 
 class Sampler:
-    """Pictures for prompts, by the sampler that reinforcement learning uses; compiled once."""
+    """Pictures for prompts, by the scan that reinforcement learning samples with; compiled once.
+
+    A small sampler of its own: the miniature is trained below the rooms that know devices and rollouts, on one device.
+    """
 
     def __init__(self, pipe: Pipeline, *, guidance: float, steps: int = STEPS, eta: float = 1.0):
-        graphdef, self._params = nnx.split(pipe.unet)
+        network, self._params, _ = functional(pipe.unet, lambda name: True)
         self._pipe = pipe
+        policy = Policy(transition.make(pipe.scheduler_config, steps, eta), network, guidance)
 
-        def network(params: Any, *inputs: jax.Array) -> jax.Array:
-            return nnx.merge(graphdef, params)(*inputs)
-
-        policy = Policy(schedule.make(pipe.scheduler_config, steps, eta), guidance, network=network)
-
-        def denoise(params: Any, keys: jax.Array, context: jax.Array, uncond: jax.Array) -> jax.Array:
-            return sampler.sample(policy, params, keys, context, uncond, pipe.latent_shape).latents[:, -1]
+        def denoise(params: Params, keys: jax.Array, context: jax.Array, uncond: jax.Array) -> jax.Array:
+            return sampler.sample(policy, params, {}, keys, context, uncond, pipe.latent_shape).latents[:, -1]
 
         self._denoise = jax.jit(denoise)
 

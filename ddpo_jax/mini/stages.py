@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
-from ddpo_jax.diffusion import ddim, schedule
+from ddpo_jax.diffusion import ddim
 from ddpo_jax.mini import grammar, rating, verifier, world
 from ddpo_jax.mini.sizes import Length, Sizes
 from ddpo_jax.mini.training import Stage, stream, trained
@@ -325,7 +325,7 @@ def encode_bank(context: Context) -> dict[str, np.ndarray]:
 def unet_stage(context: Context) -> Stage:
     """The noise predictor on the latents of the bank, conditioned on the frozen text tower as in Stable Diffusion."""
     config = unet_config(context)
-    noise_schedule = schedule.make(SCHEDULER, 1, 1.0)
+    process = ddim.make(SCHEDULER, 1, 1.0)
 
     @functools.cache
     def bank() -> dict[str, np.ndarray]:
@@ -347,10 +347,10 @@ def unet_stage(context: Context) -> Stage:
     def loss(unet: UNet2DCondition, batch: dict[str, Array], key: Array) -> tuple[Array, dict[str, Array]]:
         context_states = nnx.merge(*text_tower())(batch["ids"]).last_hidden_state
         noise = jax.random.normal(key, batch["latents"].shape)
-        noised, target = ddim.add_noise(noise_schedule, batch["latents"], noise, batch["timesteps"])
+        noised, target = process.add_noise(batch["latents"], noise, batch["timesteps"])
         output = unet(noised, batch["timesteps"], context_states)
         error = jnp.mean((output - target) ** 2, axis=(1, 2, 3))
-        alpha = noise_schedule.alphas_cumprod[batch["timesteps"]]
+        alpha = process.alphas_cumprod[batch["timesteps"]]
         weight = jnp.minimum(1.0, 5.0 * (1 - alpha) / alpha)  # min-SNR-5 (Hang et al. 2023, arXiv:2303.09556)
         return jnp.mean(weight * error), {"mse": jnp.mean(error)}
 

@@ -28,13 +28,14 @@ from ddpo_jax import sharding
 from ddpo_jax.models import layers
 from ddpo_jax.models.functional import functional
 from ddpo_jax.ops.advantages import PromptStats
+from ddpo_jax.ops.random import Stream, generator
 from ddpo_jax.perf import capacity
-from ddpo_jax.rollout.collector import Rollout, generator
+from ddpo_jax.rollout.collector import Rollout
 from ddpo_jax.training import batching
 from ddpo_jax.training import epoch as epochs
 from ddpo_jax.training.build import Parts
 from ddpo_jax.training.learner import TrainState
-from ddpo_jax.types import Samples
+from ddpo_jax.types import ScoredSamples
 
 FRACTIONS = (1.0, 0.4)  # parts of the steps that an update trains
 Row = tuple[str, float, str]  # what, value, unit
@@ -60,14 +61,14 @@ def measure(config: ConfigDict, parts: Parts, repeats: int, work: capacity.Work 
       work: operations of a sample, for the share of the chip's peak.
     """
     state, stats, options = parts.init(), PromptStats(), config.train
-    steps, trained = config.sample.num_steps, int(parts.collector.trained_steps.sum())
+    steps, trained = config.sample.num_steps, int(parts.trained_steps.sum())
     rollouts: list[Rollout] = []
 
     def collect() -> None:
-        rollouts.append(parts.collector.collect(len(rollouts), state.params, parts.model.frozen, parts.uncond))
+        rollouts.append(parts.collector.collect(len(rollouts), state.params))
 
     first, _ = median_time(collect, repeats)
-    images = len(rollouts[-1].samples)
+    images = len(rollouts[-1].prompts)
     sampling = statistics.median(rollout.rollout_s for rollout in rollouts[1:])
     rows: list[Row] = [
         ("rollout, per sample-step", 1e3 * sampling / (images * steps), "ms"),
@@ -75,7 +76,7 @@ def measure(config: ConfigDict, parts: Parts, repeats: int, work: capacity.Work 
         ("rollout, first run (compiles)", first, "s"),
         *share("rollout", work.rollout_step * steps + work.decode if work else None, images / sampling, parts),
     ]
-    samples = rollouts[-1].samples
+    samples = epochs.assign(parts, config, PromptStats(), rollouts[-1])
     for fraction in FRACTIONS:
         first, typical, state = time_update(config, parts, state, samples, fraction, repeats)
         pairs = options.batch_size * max(1, round(fraction * trained))
@@ -98,13 +99,13 @@ def measure(config: ConfigDict, parts: Parts, repeats: int, work: capacity.Work 
 
 
 def time_update(
-    config: ConfigDict, parts: Parts, state: TrainState, samples: Samples, fraction: float, repeats: int
+    config: ConfigDict, parts: Parts, state: TrainState, samples: ScoredSamples, fraction: float, repeats: int
 ) -> tuple[float, float, TrainState]:
     """``(first, median of the next, state)`` of one optimizer update on ``train.batch_size`` images, in seconds."""
     rows = np.resize(np.arange(len(samples)), config.train.batch_size)
-    trained = parts.collector.trained_steps
+    rng = generator(config.seed, 0, Stream.SHUFFLE)
     batches = batching.minibatches(
-        generator(config.seed, 0, 1), samples[rows], len(rows), trained, parts.traits, timestep_fraction=fraction
+        rng, samples[rows], len(rows), parts.trained_steps, parts.traits, timestep_fraction=fraction
     )
     batch = sharding.put_batch(next(batches), parts.mesh)
 

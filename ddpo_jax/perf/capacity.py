@@ -218,7 +218,8 @@ def _programs(ready: Ready, size: Size, device: Any) -> tuple[dict[str, Callable
     graphdef, vae = nnx.split(model.pipeline.vae)
     resident = _bytes((state, model.frozen, model.reference, vae)) + 4 * size.text_params
     context, n = (size.tokens, size.unet.cross_attention_dim), config.sample.batch_size
-    sampled = _float(n, *context), _int(), _int(n), _int(n), _int()
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    sampled = _float(n, *context), key, _int(n), _int(n), _int()
     batch = minibatch_shapes(config, model.pipeline.latent_shape, context)
     slice_size = decode_slice(model.pipeline.latent_shape, size.vae.factor)
 
@@ -226,7 +227,7 @@ def _programs(ready: Ready, size: Size, device: Any) -> tuple[dict[str, Callable
         return nnx.merge(graphdef, vae).decode(latents, slice_size=slice_size)
 
     return {
-        "rollout": lambda: parts.collector.sample.trace(state.params, model.frozen, parts.uncond, *sampled),
+        "rollout": lambda: parts.sampler.program.trace(state.params, model.frozen, parts.uncond, *sampled),
         "decode": lambda: jax.jit(decode).trace(vae, _float(n, *model.pipeline.latent_shape)),
         "update": lambda: parts.learner.update.trace(state, model.reference, model.frozen, parts.uncond, batch),
     }, resident
@@ -271,7 +272,6 @@ def minibatch_shapes(config: ConfigDict, latent_shape: tuple[int, int, int], con
         step_weight=_float(n, steps),
         mask=_float(n, steps),
         seeds=_int(n),
-        values=None,
     )
 
 

@@ -17,10 +17,10 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.types import Samples
+from ddpo_jax.types import ScoredSamples
 
 SOURCES = ("past", "current", "nothing")
-_FIELDS = tuple(field.name for field in dataclasses.fields(Samples))
+_FIELDS = tuple(field.name for field in dataclasses.fields(ScoredSamples))
 _DTYPES = {name: np.dtype(np.int64 if name.endswith("_ids") else np.float32) for name in _FIELDS}
 
 
@@ -45,7 +45,7 @@ class Buffer:
             )
         self._rule, self._config, self._whole_groups = rule, config, whole_groups
         self._count = config.k * num_devices
-        self._epochs: list[tuple[int, Samples]] = []  # oldest first
+        self._epochs: list[tuple[int, ScoredSamples]] = []  # oldest first
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +56,7 @@ class Buffer:
         """Number of samples held."""
         return sum(len(samples) for _, samples in self._epochs)
 
-    def retrieve(self, current: Samples, epoch: int, rng: np.random.Generator) -> Samples | None:
+    def retrieve(self, current: ScoredSamples, epoch: int, rng: np.random.Generator) -> ScoredSamples | None:
         """The ``k * num_devices`` samples of the highest priority, best first (with whole groups, best group first).
 
         Args:
@@ -81,7 +81,7 @@ class Buffer:
         chosen = self._groups(samples.group_ids, priority) if self._whole_groups else _descending(priority)
         return samples[chosen[: self._count]] if len(chosen) >= self._count else None
 
-    def add(self, current: Samples, epoch: int) -> None:
+    def add(self, current: ScoredSamples, epoch: int) -> None:
         """Takes in the samples of ``epoch`` and drops those that the next epoch finds older than ``history``."""
         if self._source != "past":
             return
@@ -89,7 +89,7 @@ class Buffer:
         if not len(current):  # an algorithm that selects may have kept nothing
             return
         fields = {name: np.asarray(getattr(current, name), dtype) for name, dtype in _DTYPES.items()}
-        self._epochs.append((epoch, Samples(**fields)))
+        self._epochs.append((epoch, ScoredSamples(**fields)))
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything that is needed to continue: of each field its values and its shape without the leading axis, and
@@ -113,9 +113,9 @@ class Buffer:
         for name in _FIELDS if len(epochs) else ():
             shape = np.asarray(state[f"{name}_shape"]).tolist()
             fields[name] = np.asarray(state[name]).reshape(len(epochs), *shape)
-        self._epochs = [(int(epoch), Samples(**fields)[epochs == epoch]) for epoch in np.unique(epochs)]
+        self._epochs = [(int(epoch), ScoredSamples(**fields)[epochs == epoch]) for epoch in np.unique(epochs)]
 
-    def _priority(self, samples: Samples, age: Int[np.ndarray, " N"], rng: np.random.Generator) -> np.ndarray:
+    def _priority(self, samples: ScoredSamples, age: Int[np.ndarray, " N"], rng: np.random.Generator) -> np.ndarray:
         given = self._rule.priority(samples.rewards, samples.advantages, age, rng, self._config)
         priority = np.asarray(given, np.float64)
         if priority.shape != age.shape or np.isnan(priority).any():
@@ -146,5 +146,5 @@ def _descending(priority: Float[np.ndarray, " N"]) -> Int[np.ndarray, " M"]:
     return order[priority[order] > -np.inf]
 
 
-def _concatenate(parts: list[Samples]) -> Samples:
+def _concatenate(parts: list[ScoredSamples]) -> ScoredSamples:
     return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)

@@ -1,4 +1,4 @@
-"""Rollouts: prompts -> trajectories on devices -> images -> rewards on host threads -> scored samples on the host."""
+"""Rollouts: prompts -> trajectories on devices -> images -> rewards on a host thread -> an epoch's samples."""
 
 from __future__ import annotations
 
@@ -10,26 +10,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
-from ddpo_jax import sharding
-from ddpo_jax.diffusion import sampler
-from ddpo_jax.diffusion.policy import Policy
-from ddpo_jax.ops import steps
+from ddpo_jax.ops import random
+from ddpo_jax.ops.random import Stream
+from ddpo_jax.rollout.sampler import ImageSampler
 from ddpo_jax.rollout.scoring import PendingReward, RewardRunner
-from ddpo_jax.types import Params, Samples, Trajectory
+from ddpo_jax.types import Params, Trajectory
 
-Weighting = Callable[[Array, Any], Array]  # (latents [N,T+1,h,w,c], schedule) -> [N,T]
 PromptFn = Callable[[np.random.Generator, int], tuple[list[str], list[dict[str, Any]]]]
-_PROMPTS, _FIXED_PROMPTS = 0, 2  # streams of the host generator, see ``generator``
-_FIXED_EPOCH = np.int32(2**31 - 1)  # whose noise no epoch of training takes
-
-
-def generator(seed: int, epoch: int, stream: int) -> np.random.Generator:
-    """The host's random numbers of one epoch and purpose; nothing carries over, so resuming needs only the epoch."""
-    return np.random.default_rng([seed, epoch, stream])
 
 
 def prompt_id(prompt: str) -> int:
@@ -37,13 +26,38 @@ def prompt_id(prompt: str) -> int:
     return int.from_bytes(hashlib.blake2b(prompt.encode(), digest_size=8).digest(), "big") >> 1
 
 
-@dataclasses.dataclass
-class Rollout:
-    """One epoch's samples and what is shown of them."""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What an epoch draws.
 
-    samples: Samples
+    Attributes:
+      seed: of everything drawn.
+      batch_size: samples of one device program.
+      num_batches: programs of an epoch.
+      samples_per_prompt: K; consecutive samples share a prompt.
+      shared_noise: the samples of a prompt share their initial noise too.
+    """
+
+    seed: int
+    batch_size: int
+    num_batches: int
+    samples_per_prompt: int
+    shared_noise: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One epoch's samples and their rewards, on the host."""
+
+    trajectories: Trajectory
+    weights: Float[np.ndarray, "N T"]  # timestep weights, up to a factor for each trajectory
+    branch_step: int  # the samples of a prompt share the steps before this one
     prompts: list[str]
+    context: Float[np.ndarray, "N L D"]  # prompt embeddings
+    prompt_ids: Int[np.ndarray, " N"]  # 63-bit hash of the prompt
+    group_ids: Int[np.ndarray, " N"]  # equal for the K samples of one draw of a prompt
     images: UInt8[np.ndarray, "N H W 3"]
+    rewards: Float[np.ndarray, " N"]
     parts: dict[str, Float[np.ndarray, " N"]]  # of the reward; NaN where a part does not apply
     rollout_s: float  # wall time until the last image was on the host
     reward_s: float  # wall time waited for rewards after that
@@ -52,131 +66,75 @@ class Rollout:
 class Collector:
     """Samples epochs. The device draws the next batch while host threads score the last one."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        network: Callable[..., Array],
-        mesh: Mesh,
-        latent_shape: tuple[int, int, int],
-        weighting: Weighting,
-        embed: Callable[[list[str]], np.ndarray],
-        decode: Callable[[Array], Array],
-        prompt_fn: PromptFn,
-        reward: RewardRunner,
-        *,
-        seed: int,
-        batch_size: int,
-        num_batches: int,
-        samples_per_prompt: int,
-        shared_noise: bool = False,
-    ):
+    def __init__(self, sampler: ImageSampler, prompt_fn: PromptFn, reward: RewardRunner, plan: Plan):
         """Args:
-        policy, network, mesh: as the learner's.
-        latent_shape: (h, w, c).
-        weighting: timestep weights of a batch of trajectories.
-        embed: prompts -> embeddings [N, L, D].
-        decode: latents -> uint8 images.
+        sampler: draws the trajectories.
         prompt_fn: (generator, count) -> prompts and their metadata.
         reward: runs the reward function.
-        seed: of everything drawn.
-        batch_size, num_batches: samples per device program, programs per epoch.
-        samples_per_prompt: K; consecutive samples share a prompt.
-        shared_noise: and their initial noise too.
+        plan: how much is drawn.
         """
-        self._policy, self._mesh, self._latent_shape = policy, mesh, latent_shape
-        self._embed, self._decode, self._prompt_fn, self._reward = embed, decode, prompt_fn, reward
-        self._seed, self._batch_size, self._num_batches, self._k = seed, batch_size, num_batches, samples_per_prompt
-        self._shared_noise = shared_noise
-        self.trained_steps = np.asarray(policy.schedule.trainable)
+        self._sampler, self._prompt_fn, self._reward, self._plan = sampler, prompt_fn, reward, plan
 
-        def local(
-            params: Params,
-            frozen: Params,
-            uncond: Array,
-            context: Array,
-            epoch: Array,
-            ids: Array,
-            roots: Array,
-            branch: Array,
-        ) -> tuple[Trajectory, Array]:
-            bound = policy.bind(network, frozen)
-            base = jax.random.fold_in(jax.random.key(seed), epoch)
-            keys, root_keys = [jax.vmap(lambda i: jax.random.fold_in(base, i))(x) for x in (ids, roots)]
-            trajectory = sampler.sample(bound, params, keys, context, uncond, latent_shape, root_keys, branch)
-            return trajectory, weighting(trajectory.latents, policy.schedule)
-
-        batch, whole = sharding.BATCH, P()
-        data = (whole, batch, whole, batch, batch, whole)
-        self.sample = jax.jit(sharding.per_device(local, mesh, 2, data, batch))
-
-    def collect(
-        self, epoch: int, params: Params, frozen: Params, uncond: Float[Array, "L D"], branch_step: int = 0
-    ) -> Rollout:
+    def collect(self, epoch: int, params: Params, branch_step: int = 0) -> Rollout:
         """One epoch of N = batch_size * num_batches samples.
 
         Args:
           epoch: number of the epoch, from which all randomness follows.
-          params, frozen, uncond: of the policy that samples.
-          branch_step: the samples of a prompt share the steps before this one; their mask leaves those out.
+          params: the trained parameters of the policy that samples.
+          branch_step: the samples of a prompt share the steps before this one.
 
         Raises:
           RewardError: the reward failed; nothing of the run's state has changed.
         """
         start = time.perf_counter()
-        rng = generator(self._seed, epoch, _PROMPTS)
-        pending: list[tuple[PendingReward, Trajectory, Array, Array]] = []
-        distinct, described = self._prompt_fn(rng, self._num_batches * self._batch_size // self._k)
-        prompts = [prompt for prompt in distinct for _ in range(self._k)]
-        metadata = [entry for entry in described for _ in range(self._k)]
-        for batch in range(self._num_batches):
-            rows = slice(batch * self._batch_size, (batch + 1) * self._batch_size)
-            names = prompts[rows]
-            ids = np.arange(self._batch_size, dtype=np.int32) + batch * self._batch_size
-            roots = ids // self._k * self._k if branch_step or self._shared_noise else ids
-            context, on_device, root_ids = sharding.put_batch((self._embed(names), ids, roots), self._mesh)
-            trajectory, weights = self.sample(
-                params, frozen, uncond, context, np.int32(epoch), on_device, root_ids, np.int32(branch_step)
-            )
-            images = self._decode(trajectory.latents[:, -1])
-            pending.append((self._reward.submit(images, names, metadata[rows]), trajectory, weights, images))
-        shown = np.concatenate([np.asarray(entry[3]) for entry in pending])
+        plan, k = self._plan, self._plan.samples_per_prompt
+        n, key = plan.num_batches * plan.batch_size, random.epoch_key(plan.seed, epoch)
+        distinct, described = self._prompt_fn(random.generator(plan.seed, epoch, Stream.PROMPTS), n // k)
+        prompts = [prompt for prompt in distinct for _ in range(k)]
+        metadata = [entry for entry in described for _ in range(k)]
+        drawn: list[tuple[Trajectory, Array]] = []
+        images: list[Array] = []
+        pending: list[PendingReward] = []
+        for first in range(0, n, plan.batch_size):
+            rows = slice(first, first + plan.batch_size)
+            ids = np.arange(rows.start, rows.stop, dtype=np.int32)
+            roots = ids // k * k if branch_step or plan.shared_noise else ids
+            drawn.append(self._sampler.trajectories(params, prompts[rows], ids, key, roots, branch_step))
+            images.append(self._sampler.decode(drawn[-1][0].latents[:, -1]))
+            pending.append(self._reward.submit(images[-1], prompts[rows], metadata[rows]))
+        shown = np.concatenate([np.asarray(batch) for batch in images])
         sampled = time.perf_counter()
-        scores = [entry[0].result() for entry in pending]
+        scores = [batch.result() for batch in pending]
         scored = time.perf_counter()
-        trajectories, weights = jax.device_get(([entry[1] for entry in pending], [entry[2] for entry in pending]))
-        n = len(prompts)
-        trained = self.trained_steps & (np.arange(len(self.trained_steps)) >= branch_step)
-        samples = Samples(
-            latents=np.concatenate([t.latents for t in trajectories]),
-            log_prob=np.concatenate([t.log_prob for t in trajectories]),
-            weights=steps.normalise(np.concatenate(weights), trained),
-            mask=np.tile(trained.astype(np.float32), (n, 1)),
-            context=self._embed(prompts),
-            prompt_ids=np.asarray([prompt_id(p) for p in prompts], np.int64),
-            group_ids=(np.int64(epoch) << 32) + np.arange(n) // self._k,
-            rewards=np.concatenate([score for score, _ in scores]).astype(np.float32),
-            advantages=np.zeros(n, np.float32),
-        )
+        trajectories, weights = jax.tree.map(lambda *batches: np.concatenate(batches), *jax.device_get(drawn))
         part_names = dict.fromkeys(name for _, parts in scores for name in parts)
-        nothing = np.full(self._batch_size, np.nan, np.float32)
-        parts = {name: np.concatenate([p.get(name, nothing) for _, p in scores]) for name in part_names}
-        return Rollout(samples, prompts, shown, parts, sampled - start, scored - sampled)
+        nothing = np.full(plan.batch_size, np.nan, np.float32)
+        return Rollout(
+            trajectories=trajectories,
+            weights=weights,
+            branch_step=branch_step,
+            prompts=prompts,
+            context=self._sampler.codec.embed(prompts),
+            prompt_ids=np.asarray([prompt_id(prompt) for prompt in prompts], np.int64),
+            group_ids=(np.int64(epoch) << 32) + np.arange(n) // k,
+            images=shown,
+            rewards=np.concatenate([score for score, _ in scores]).astype(np.float32),
+            parts={name: np.concatenate([parts.get(name, nothing) for _, parts in scores]) for name in part_names},
+            rollout_s=sampled - start,
+            reward_s=scored - sampled,
+        )
 
-    def fixed(
-        self, params: Params, frozen: Params, uncond: Float[Array, "L D"], count: int
-    ) -> tuple[UInt8[np.ndarray, "N H W 3"], list[str]]:
+    def fixed(self, params: Params, count: int) -> tuple[UInt8[np.ndarray, "N H W 3"], list[str]]:
         """Images of the same prompts from the same noise whenever it is called, and the prompts. No reward is asked.
 
         Costs one batch, by the program that ``collect`` has compiled or will need.
 
         Args:
-          params, frozen, uncond: of the policy that samples.
+          params: the trained parameters of the policy that samples.
           count: of images, each of its own prompt; at most those of one batch.
         """
-        count, size = min(count, self._batch_size), self._batch_size
-        prompts, _ = self._prompt_fn(generator(self._seed, 0, _FIXED_PROMPTS), count)
-        names = [prompts[row % count] for row in range(size)]  # the batch is filled up
-        ids = np.arange(size, dtype=np.int32)
-        context, on_device = sharding.put_batch((self._embed(names), ids), self._mesh)
-        trajectory, _ = self.sample(params, frozen, uncond, context, _FIXED_EPOCH, on_device, on_device, np.int32(0))
-        return np.asarray(self._decode(trajectory.latents[:, -1]))[:count], prompts
+        plan = self._plan
+        count = min(count, plan.batch_size)
+        prompts, _ = self._prompt_fn(random.generator(plan.seed, 0, Stream.FIXED_PROMPTS), count)
+        key = random.epoch_key(plan.seed, random.FIXED_EPOCH)
+        return self._sampler.images(params, prompts, np.arange(count), key, plan.batch_size), prompts

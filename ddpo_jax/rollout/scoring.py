@@ -7,7 +7,6 @@ line.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -48,39 +47,26 @@ def make_reward(config: ConfigDict, member: Any) -> RewardFn:
 class PendingReward:
     """The reward of one submitted batch."""
 
-    def __init__(self, future: Future[tuple[np.ndarray, Parts, float]]):
+    def __init__(self, future: Future[tuple[np.ndarray, Parts]]):
         self._future = future
-
-    def done(self) -> bool:
-        """Whether ``result`` returns at once."""
-        return self._future.done()
 
     def result(self) -> tuple[Float32[np.ndarray, " N"], Parts]:
         """Waits for (scores f32[N], parts f32[N] each). Raises ``RewardError`` if they could not be had."""
-        scores, parts, _ = self._future.result()
-        return scores, parts
-
-    @property
-    def seconds(self) -> float:
-        """How long the reward itself ran, without time in the queue. Waits as ``result`` does."""
-        return self._future.result()[2]
+        return self._future.result()
 
 
 class RewardRunner:
-    """Calls one reward function on host threads.
+    """Calls one reward function on a host thread, one batch after the other.
 
     Args:
       fn: a reward, see ``ddpo_jax.rewards``.
-      max_workers: batches computed at the same time; 1 unless the reward mostly waits for something else.
       name: of the reward, for messages.
     """
 
-    def __init__(self, fn: RewardFn, max_workers: int = 1, *, name: str = "reward"):
-        if max_workers < 1:
-            raise InputError(f"max_workers={max_workers} must be at least 1")
+    def __init__(self, fn: RewardFn, *, name: str = "reward"):
         self._fn = fn
         self._name = name
-        self._pool = ThreadPoolExecutor(max_workers, thread_name_prefix="reward")
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="reward")
 
     def submit(
         self, images: np.ndarray | jax.Array, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
@@ -110,9 +96,7 @@ class RewardRunner:
 
     def _run(
         self, images: np.ndarray | jax.Array, prompts: list[str], metadata: list[dict]
-    ) -> tuple[np.ndarray, Parts, float]:
+    ) -> tuple[np.ndarray, Parts]:
         view = np.asarray(images).view()  # waits for the device, if that is where they are
         view.flags.writeable = False
-        start = time.perf_counter()
-        scores, parts = call(self._fn, view, prompts, metadata, self._name)
-        return scores, parts, time.perf_counter() - start
+        return call(self._fn, view, prompts, metadata, self._name)

@@ -18,27 +18,20 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict
 
 from ddpo_jax import errors, find, sharding
 from ddpo_jax.config import default_config, keys, with_choices
 from ddpo_jax.config.override import override
 from ddpo_jax.config.resolve import resolve
-from ddpo_jax.diffusion import sampler, schedule
-from ddpo_jax.diffusion.policy import Policy
 from ddpo_jax.errors import InputError
 from ddpo_jax.prompts import make_prompts
 from ddpo_jax.rewards._check import call
 from ddpo_jax.rollout import scoring as reward_runner
 from ddpo_jax.studies import curves
-from ddpo_jax.training.build import Model
+from ddpo_jax.training.build import make_sampler
 from ddpo_jax.training.trained import load_trained
-from ddpo_jax.types import Params
 from ddpo_jax.workdir import grid
 
 MODELS = ("base", "trained")
@@ -101,33 +94,6 @@ def make_rewards(config: ConfigDict, text: str) -> Rewards:
     return rewards
 
 
-def make_sampler(
-    model: Model, config: ConfigDict, mesh: Mesh, seed: int
-) -> Callable[[Params, list[str], np.ndarray], UInt8[np.ndarray, "N H W 3"]]:
-    """``(parameters, N prompts, N image numbers) -> images``, split over the mesh; N must be a multiple of its size.
-
-    The noise of an image follows from ``seed`` and its number alone, so neither the batch nor the devices change it.
-    """
-    pipe, options = model.pipeline, config.sample
-    policy = Policy(schedule.make(pipe.scheduler_config, options.num_steps, options.eta), options.guidance_scale)
-    frozen = sharding.put_params(model.frozen, mesh)
-    uncond = sharding.replicate(jnp.asarray(pipe.embed([""])[0]), mesh)
-
-    def local(params: Params, frozen: Params, uncond: Array, context: Array, numbers: Array) -> Array:
-        draws = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(numbers)
-        bound = policy.bind(model.network, frozen)
-        return sampler.sample(bound, params, draws, context, uncond, pipe.latent_shape).latents[:, -1]
-
-    batch = sharding.BATCH
-    program = jax.jit(sharding.per_device(local, mesh, 2, (P(), batch, batch), batch))
-
-    def sample(params: Params, prompts: list[str], numbers: np.ndarray) -> UInt8[np.ndarray, "N H W 3"]:
-        context, ids = sharding.put_batch((pipe.embed(prompts), numbers.astype(np.int32)), mesh)
-        return np.asarray(pipe.decode(program(params, frozen, uncond, context, ids)))
-
-    return sample
-
-
 def score_chunks(
     draw: Callable[[list[str], np.ndarray], np.ndarray],
     rewards: Rewards,
@@ -163,9 +129,8 @@ def score_chunks(
         rows = np.arange(start, min(start + size, total))
         if not path.is_file():
             chosen = [prompts[row // samples] for row in rows]
-            filled = np.resize(rows, size)  # the last chunk is filled up: one program
-            images = draw([prompts[row // samples][0] for row in filled], filled)[: len(rows)]
             names, metadata = [prompt for prompt, _ in chosen], [entry for _, entry in chosen]
+            images = draw(names, rows)
             found: dict[str, np.ndarray] = {}
             for name, reward in rewards.items():
                 try:
@@ -234,12 +199,12 @@ def evaluate(args: argparse.Namespace) -> str:
         "checksum": float(sum(np.abs(np.asarray(x, np.float64)).sum() for x in model.params.values())),
     }
     _refuse_other(out, settings)
-    sample = make_sampler(model, config, mesh, args.seed)
+    sampler, key = make_sampler(model, config, mesh), jax.random.key(args.seed)
     tables, pictures = {}, []
     for label, params in zip(MODELS, (model.reference, model.params), strict=True):
         placed = sharding.put_params(params, mesh)
         tables[label], images = score_chunks(
-            functools.partial(sample, placed),
+            functools.partial(sampler.images, placed, key=key, batch_size=size),
             *(rewards, prompts, args.samples_per_prompt, size, out / "chunks", label),
         )
         pictures.append(images)

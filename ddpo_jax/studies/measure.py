@@ -17,26 +17,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ddpo_jax import errors, sharding
 from ddpo_jax.config.ready import Ready
-from ddpo_jax.diffusion import ddim, sampler, schedule
-from ddpo_jax.diffusion.policy import Policy, per_sample_normal
+from ddpo_jax.ops.random import Stream, generator
 from ddpo_jax.prompts import make_prompts
-from ddpo_jax.rollout.collector import generator
 from ddpo_jax.rollout.scoring import PendingReward, RewardError, RewardRunner, make_reward
-from ddpo_jax.training.build import Model, load_model
-from ddpo_jax.types import Params
+from ddpo_jax.training.build import load_model, make_sampler
 
 X0, BRANCH = "x0_change", "branch_variance"
-_PROMPTS = 2  # stream of the host generator (0 and 1 are a run's)
 _QUEUE = 4  # batches that may wait for their reward
 
 Table = dict[str, Any]
@@ -57,67 +50,6 @@ class Plan:
     num_prompts: int = 16
     repeats: int = 1
     branches: int = 8
-
-
-class Programs:
-    """The device programs: whole trajectories, predicted clean latents, and continuations from a step."""
-
-    def __init__(self, config: ConfigDict, model: Model):
-        pipe = model.pipeline
-        self.mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp)
-        self.schedule = schedule.make(pipe.scheduler_config, config.sample.num_steps, config.sample.eta)
-        self._policy = Policy(schedule=self.schedule, guidance_scale=config.sample.guidance_scale)
-        self._network, self._latent_shape, self._seed = model.network, pipe.latent_shape, config.seed
-        self._params = sharding.put_params((model.params, model.frozen), self.mesh)
-        self._uncond = sharding.replicate(jnp.asarray(pipe.embed([""])[0]), self.mesh)
-        self.trajectories = self._compiled(self._trajectories)
-        self.predictions = self._compiled(self._predictions)
-        self.continuations = self._compiled(self._continuations)
-
-    def _compiled(self, function: Callable[..., Array]) -> Callable[..., Array]:
-        """``function(policy, params, uncond, start, *samples)`` with the first three given, samples split by device."""
-
-        def local(trained: Params, frozen: Params, uncond: Array, start: Array, *samples: Array) -> Array:
-            return function(self._policy.bind(self._network, frozen), trained, uncond, start, *samples)
-
-        @jax.jit
-        def program(trained: Params, frozen: Params, uncond: Array, start: Array, *samples: Array) -> Array:
-            specs = (P(), P(), *[sharding.BATCH] * len(samples))
-            call = sharding.per_device(local, self.mesh, 2, specs, sharding.BATCH)
-            return call(trained, frozen, uncond, start, *samples)
-
-        return lambda start, *samples: program(
-            *self._params, self._uncond, np.int32(start), *sharding.put_batch(samples, self.mesh)
-        )
-
-    def _keys(self, ids: Array) -> Array:
-        return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(self._seed), i))(ids)
-
-    def _trajectories(
-        self, policy: Policy, params: Params, uncond: Array, start: Array, context: Array, ids: Array
-    ) -> Float[Array, "N T1 h w c"]:
-        return sampler.sample(policy, params, self._keys(ids), context, uncond, self._latent_shape).latents
-
-    def _predictions(
-        self, policy: Policy, params: Params, uncond: Array, start: Array, context: Array, latents: Array
-    ) -> Float[Array, "N h w c"]:
-        """The clean latents that the network predicts from ``latents`` at step ``start``."""
-        steps = jnp.full(len(latents), start)
-        output = policy.model_output(params, latents, self.schedule.timesteps[steps], context, uncond)
-        return ddim.predictions(self.schedule, output, latents, self.schedule.alpha[steps])[0]
-
-    def _continuations(
-        self, policy: Policy, params: Params, uncond: Array, start: Array, context: Array, latents: Array, ids: Array
-    ) -> Float[Array, "N h w c"]:
-        """The final latents of ``latents`` at step ``start``, with the noise of each one's id."""
-        keys = self._keys(ids)
-
-        def denoise(index: Array, latents: Array) -> Array:
-            mean, std, _ = policy.step(params, latents, jnp.full(len(latents), index), context, uncond)
-            noise = per_sample_normal(jax.vmap(jax.random.fold_in, (0, None))(keys, index), self._latent_shape)
-            return mean + std[:, None, None, None] * noise
-
-        return jax.lax.fori_loop(start, self.schedule.num_steps, denoise, latents)
 
 
 class Scorer:
@@ -165,17 +97,17 @@ def measure(ready: Ready, plan: Plan) -> Table:
     reward = make_reward(config.reward, members.reward)
     prompt_fn = make_prompts(config.prompts, members.prompts)
     model = load_model(config)
-    programs = Programs(config, model)
-    steps, n = programs.schedule.num_steps, plan.num_prompts * plan.repeats
+    sampler = make_sampler(model, config, sharding.make_mesh(config.mesh.data, config.mesh.fsdp))
+    params, key = sharding.put_params(model.params, sampler.mesh), jax.random.key(config.seed)
+    steps, n = sampler.policy.transition.num_steps, plan.num_prompts * plan.repeats
     total = n * (steps + 1) * (X0 in plan.what) + n * steps * plan.branches * (BRANCH in plan.what)
-    drawn, drawn_metadata = prompt_fn(generator(config.seed, 0, _PROMPTS), plan.num_prompts)
+    drawn, drawn_metadata = prompt_fn(generator(config.seed, 0, Stream.MEASURED_PROMPTS), plan.num_prompts)
     prompts = [prompt for prompt in drawn for _ in range(plan.repeats)]
     metadata = [entry for entry in drawn_metadata for _ in range(plan.repeats)]
     logging.info("%d trajectories of %d steps, %d images to score by %s", n, steps, total, config.reward.name)
-    context = model.pipeline.embed(prompts)
     table: Table = {
         "num_steps": steps,
-        "timesteps": np.asarray(programs.schedule.timesteps).tolist(),
+        "timesteps": np.asarray(sampler.policy.transition.timesteps).tolist(),
         **{key: config[key].name for key in ("reward", "prompts")},
         **{key: config[key] for key in ("model", "seed")},
         **{key: config.sample[key] for key in ("eta", "guidance_scale")},
@@ -185,7 +117,7 @@ def measure(ready: Ready, plan: Plan) -> Table:
 
         def batches(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             """(indices of a batch, the same filled up to the one size of all batches)."""
-            devices = programs.mesh.size
+            devices = sampler.mesh.size
             size = min(config.sample.batch_size, math.ceil(count / devices) * devices)
             for start in range(0, count, size):
                 there = np.arange(start, min(start + size, count))
@@ -193,34 +125,35 @@ def measure(ready: Ready, plan: Plan) -> Table:
 
         def scores(count: int, latents_of: Callable[[np.ndarray], Array]) -> np.ndarray:
             """Rewards of ``count`` latents, ``count / n`` next to each other for every trajectory."""
-            scorer = Scorer(model.pipeline.decode, runner, count, bar)
+            scorer = Scorer(sampler.decode, runner, count, bar)
             for there, rows in batches(count):
                 roots = (there // (count // n)).tolist()
                 scorer.submit(there, latents_of(rows), [prompts[r] for r in roots], [metadata[r] for r in roots])
             return scorer.finish()
 
+        def named(roots: np.ndarray) -> list[str]:
+            return [prompts[root] for root in roots]
+
+        def path(rows: np.ndarray) -> np.ndarray:
+            return np.asarray(sampler.trajectories(params, named(rows), rows, key)[0].latents)
+
         try:
-            paths = np.concatenate(
-                [
-                    np.asarray(programs.trajectories(0, context[rows], rows.astype(np.int32)))[: len(there)]
-                    for there, rows in batches(n)
-                ]
-            )
+            paths = np.concatenate([path(rows)[: len(there)] for there, rows in batches(n)])
             if X0 in plan.what:
 
                 def predicted(t: int) -> np.ndarray:
-                    return scores(n, lambda rows: programs.predictions(t, context[rows], paths[rows, t]))
+                    return scores(n, lambda rows: sampler.predictions(params, named(rows), paths[rows, t], t))
 
                 by_step = [predicted(t) for t in range(steps)]
-                final = scores(n, lambda rows: sharding.put_batch(paths[rows, steps], programs.mesh))
+                final = scores(n, lambda rows: sharding.put_batch(paths[rows, steps], sampler.mesh))
                 table |= _x0_rows(np.stack([*by_step, final], axis=1), plan)
             if BRANCH in plan.what:
 
                 def branched(t: int) -> np.ndarray:
                     def latents_of(rows: np.ndarray) -> Array:
                         roots = rows // plan.branches
-                        ids = (n + t * n * plan.branches + rows).astype(np.int32)  # the first n are the trajectories'
-                        return programs.continuations(t, context[roots], paths[roots, t], ids)
+                        ids = n + t * n * plan.branches + rows  # the first n are the trajectories'
+                        return sampler.continuations(params, named(roots), ids, key, paths[roots, t], t)
 
                     return scores(n * plan.branches, latents_of).reshape(n, plan.branches).var(axis=1, ddof=1)
 

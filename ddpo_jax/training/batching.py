@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 
 from ddpo_jax.ops import steps
 from ddpo_jax.training.learner import Minibatch
-from ddpo_jax.types import Samples, Traits
+from ddpo_jax.types import ScoredSamples, Traits
 
 
 def order(rng: np.random.Generator, group_ids: Int[np.ndarray, " N"], whole_groups: bool) -> Int[np.ndarray, " N"]:
@@ -24,7 +24,7 @@ def order(rng: np.random.Generator, group_ids: Int[np.ndarray, " N"], whole_grou
 
 def minibatches(
     rng: np.random.Generator,
-    samples: Samples,
+    samples: ScoredSamples,
     batch_size: int,
     trained: Bool[np.ndarray, " T"],
     traits: Traits,
@@ -66,7 +66,7 @@ def minibatches(
 
 def minibatch(
     rng: np.random.Generator,
-    samples: Samples,
+    samples: ScoredSamples,
     columns: Int[np.ndarray, "N S"],
     *,
     weighted: bool = True,
@@ -88,12 +88,11 @@ def minibatch(
         latents=samples.latents,
         context=samples.context,
         old_log_prob=samples.log_prob,
-        advantages=samples.advantages,
+        advantages=samples.advantages.astype(np.float32),
         rewards=samples.rewards,
         prompt_ids=dense.astype(np.int32),
         steps=columns,
         step_weight=weights if weighted else np.ones_like(weights),
         mask=np.take_along_axis(samples.mask, columns, axis=1),
         seeds=rng.integers(2**31, size=n, dtype=np.int32),
-        values=None,
     )

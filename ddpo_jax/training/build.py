@@ -13,19 +13,22 @@ import numpy as np
 from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Bool
 from ml_collections import ConfigDict
 
 from ddpo_jax import sharding
+from ddpo_jax.config.model import scheduler_config
 from ddpo_jax.config.ready import Ready
-from ddpo_jax.diffusion import schedule
-from ddpo_jax.diffusion.policy import Policy
+from ddpo_jax.diffusion import transition
+from ddpo_jax.diffusion.policy import NetworkFn, Policy
 from ddpo_jax.models import lora, pipeline
 from ddpo_jax.models.functional import functional
 from ddpo_jax.prompts import make_prompts
 from ddpo_jax.replay.buffer import Buffer
-from ddpo_jax.rollout.collector import Collector
+from ddpo_jax.rollout.collector import Collector, Plan
+from ddpo_jax.rollout.sampler import ImageSampler, Weighting
 from ddpo_jax.rollout.scoring import RewardRunner, make_reward
-from ddpo_jax.training.learner import Learner, NetworkFn, Objective, TrainState, make_optimizer
+from ddpo_jax.training.learner import Learner, Objective, TrainState, make_optimizer
 from ddpo_jax.training.value import ValueLearner
 from ddpo_jax.types import Params, Traits
 
@@ -49,6 +52,7 @@ class Parts:
     traits: Traits
     model: Model
     learner: Learner
+    sampler: ImageSampler
     collector: Collector
     replay: Buffer
     reward: RewardRunner
@@ -65,9 +69,20 @@ class Parts:
         self.model.params = jax.eval_shape(lambda params: params, self.model.params)
         return state if self.value is None else dataclasses.replace(state, value=self.value.init())
 
+    @property
+    def trained_steps(self) -> Bool[np.ndarray, " T"]:
+        """The steps that have a density."""
+        return np.asarray(self.sampler.policy.transition.trainable)
+
 
 def load_model(config: ConfigDict) -> Model:
-    """Loads ``config.model`` and splits its UNet by what ``config.train`` trains."""
+    """Loads ``config.model`` and splits its UNet by what ``config.train`` trains.
+
+    Raises:
+      InputError: the model cannot be had or sampled; a noise process that is not supported is known before any weight.
+    """
+    options = config.sample
+    transition.make(scheduler_config(config.model, config.revision), options.num_steps, options.eta)
     dtype = jnp.dtype(config.dtype)
     revision, on_host = config.revision or None, config.frozen_on_host
     return split_model(config, pipeline.load(config.model, dtype=dtype, revision=revision, frozen_on_host=on_host))
@@ -117,18 +132,14 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     algorithm, weighting, traits = members.algorithm, members.weighting, members.traits(config)
 
     model = load_model(config) if model is None else model
-    pipe = model.pipeline
-    policy = Policy(
-        schedule=schedule.make(pipe.scheduler_config, config.sample.num_steps, config.sample.eta),
-        guidance_scale=config.sample.guidance_scale,
-        stop_uncond_gradient=config.train.stop_uncond_gradient,
-    )
-    untrained = np.flatnonzero(~policy.schedule.trainable)
+    sampler = make_sampler(model, config, mesh, functools.partial(weighting.weights, config=config.weighting))
+    model.frozen = sampler.frozen
+    policy = sampler.policy
+    untrained = np.flatnonzero(~policy.transition.trainable)
     if untrained.size:
         logging.info("steps %s have no noise, hence no density: they are sampled but not trained", untrained.tolist())
     learner = Learner(
         policy,
-        model.network,
         Objective(traits, functools.partial(algorithm.loss, config=config.algorithm), config.train.clip_range),
         make_optimizer(config.train),
         mesh,
@@ -139,39 +150,49 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     if traits.value_updates:
         value = ValueLearner(
             functools.partial(algorithm.value_loss, config=config.algorithm),
-            policy.schedule.timesteps,
-            pipe.latent_shape[-1],
-            pipe.unet.config.cross_attention_dim,
+            policy.transition.timesteps,
+            model.pipeline.latent_shape[-1],
+            model.pipeline.unet.config.cross_attention_dim,
             traits.value_learning_rate,
             mesh,
             config.seed,
         )
     runner = RewardRunner(reward, name=config.reward.name)
-    collector = Collector(
-        policy,
-        model.network,
-        mesh,
-        pipe.latent_shape,
-        functools.partial(weighting.weights, config=config.weighting),
-        pipe.embed,
-        pipe.decode,
-        prompt_fn,
-        runner,
+    plan = Plan(
         seed=config.seed,
         batch_size=config.sample.batch_size,
         num_batches=config.sample.num_batches_per_epoch,
         samples_per_prompt=config.prompts.samples_per_prompt,
         shared_noise=traits.shared_noise,
     )
+    collector = Collector(sampler, prompt_fn, runner, plan)
     replay = Buffer(members.replay, config.replay, whole_groups=traits.group, num_devices=mesh.size)
     needs_reference = bool(traits.terms & {"ref_log_prob", "kl", "noise_mse"})
     model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh)
-    model.frozen = sharding.put_params(model.frozen, mesh)
+    return Parts(algorithm, traits, model, learner, sampler, collector, replay, runner, mesh, sampler.uncond, value)
+
+
+def make_sampler(model: Model, config: ConfigDict, mesh: Mesh, weighting: Weighting | None = None) -> ImageSampler:
+    """The image sampler of a model.
+
+    Args:
+      model: may hold shapes; then the sampler only compiles.
+      config: its ``sample`` section says how images are drawn.
+      mesh: of devices; ``model.frozen`` is copied there unless that is where it is.
+      weighting: timestep weights, computed beside the trajectories.
+    """
+    pipe, options = model.pipeline, config.sample
+    policy = Policy(
+        transition.make(pipe.scheduler_config, options.num_steps, options.eta),
+        model.network,
+        options.guidance_scale,
+        config.train.stop_uncond_gradient,
+    )
     uncond: Any = jnp.asarray(pipe.embed([""])[0])
     if _is_shape(model.params, model.frozen):
         uncond = jax.ShapeDtypeStruct(uncond.shape, uncond.dtype)
-    uncond = sharding.replicate(uncond, mesh)
-    return Parts(algorithm, traits, model, learner, collector, replay, runner, mesh, uncond, value)
+    frozen, uncond = sharding.put_params(model.frozen, mesh), sharding.replicate(uncond, mesh)
+    return ImageSampler(policy, frozen, uncond, pipe, mesh, weighting)
 
 
 def describe(parts: Parts, config: ConfigDict) -> str:

@@ -14,14 +14,27 @@ from ml_collections import ConfigDict
 
 from ddpo_jax import sharding
 from ddpo_jax.errors import RunFailure
+from ddpo_jax.ops import random, steps
 from ddpo_jax.ops.advantages import PromptStats
-from ddpo_jax.rollout.collector import Rollout, generator
+from ddpo_jax.ops.random import Stream
+from ddpo_jax.rollout.collector import Rollout
 from ddpo_jax.training import batching
 from ddpo_jax.training.build import Parts
-from ddpo_jax.training.learner import Minibatch, TrainState
-from ddpo_jax.types import Params, Samples, Traits
+from ddpo_jax.training.learner import Minibatch, TrainState, ValuedMinibatch
+from ddpo_jax.types import Params, ScoredSamples, Traits
 
-_SHUFFLE = 1  # stream of the host generator (0 is the prompts')
+
+@dataclasses.dataclass(frozen=True)
+class Updates:
+    """What an epoch's updates report.
+
+    Attributes:
+      metrics: of every update, in order, by name.
+      replayed: how many samples of earlier epochs were trained on.
+    """
+
+    metrics: list[dict[str, np.ndarray]]
+    replayed: int
 
 
 def refresh(state: TrainState, traits: Traits, epoch: int) -> tuple[TrainState, Params]:
@@ -37,35 +50,63 @@ def branch_step(parts: Parts, config: ConfigDict, epoch: int) -> int:
     """How many steps the samples of a prompt share in this epoch (B2-DiffuRL's stage); 0 for all others."""
     if not parts.traits.branching:
         return 0
-    steps = config.sample.num_steps
-    return steps - parts.algorithm.interval(epoch, config.num_epochs, steps, config.algorithm)
+    num_steps = config.sample.num_steps
+    return num_steps - parts.algorithm.interval(epoch, config.num_epochs, num_steps, config.algorithm)
 
 
 def update(
     parts: Parts, config: ConfigDict, state: TrainState, stats: PromptStats, rollout: Rollout, epoch: int
 ) -> tuple[TrainState, dict[str, Any]]:
-    """All updates of one epoch: ``(state, row of metrics)``."""
+    """All updates of one epoch: ``(state, row of metrics)``.
+
+    Raises:
+      RunFailure: a loss or its gradient is not finite.
+    """
     start = time.perf_counter()
-    samples, options = rollout.samples, config.train
+    samples = assign(parts, config, stats, rollout)
+    state, updates = optimise(parts, config, state, samples, epoch)
+    row = report(parts, rollout, samples, updates)
+    return state, row | {"time/update_s": time.perf_counter() - start}
+
+
+def assign(parts: Parts, config: ConfigDict, stats: PromptStats, rollout: Rollout) -> ScoredSamples:
+    """The rollout's samples with their advantages, timestep weights and the steps that may be trained."""
     advantages = parts.algorithm.advantages(
-        samples.rewards.astype(np.float64), samples.prompt_ids, stats, config.algorithm
+        rollout.rewards.astype(np.float64), rollout.prompt_ids, stats, config.algorithm
     )
     if parts.traits.standardized:
-        advantages = np.clip(advantages, -options.adv_clip_max, options.adv_clip_max)
-    samples = dataclasses.replace(samples, advantages=advantages.astype(np.float32))
-    rng, trained = generator(config.seed, epoch, _SHUFFLE), parts.collector.trained_steps
-    if options.recompute_log_prob == "on":
-        samples = dataclasses.replace(
-            samples, log_prob=recompute(parts, state, samples, rng, options.batch_size, trained)
-        )
+        advantages = np.clip(advantages, -config.train.adv_clip_max, config.train.adv_clip_max)
+    trained = parts.trained_steps & (np.arange(config.sample.num_steps) >= rollout.branch_step)
+    return ScoredSamples(
+        latents=rollout.trajectories.latents,
+        log_prob=rollout.trajectories.log_prob,
+        weights=steps.normalise(rollout.weights, trained),
+        mask=np.tile(trained.astype(np.float32), (len(rollout.prompts), 1)),
+        context=rollout.context,
+        prompt_ids=rollout.prompt_ids,
+        group_ids=rollout.group_ids,
+        rewards=rollout.rewards,
+        advantages=advantages,
+    )
+
+
+def optimise(
+    parts: Parts, config: ConfigDict, state: TrainState, samples: ScoredSamples, epoch: int
+) -> tuple[TrainState, Updates]:
+    """Trains on the epoch's samples and on those that replay brings back, then hands the epoch's to replay.
+
+    Raises:
+      RunFailure: a loss or its gradient is not finite.
+    """
+    rng, options = random.generator(config.seed, epoch, Stream.SHUFFLE), config.train
     log: list[dict[str, jax.Array]] = []
 
-    def train_on(state: TrainState, samples: Samples, batch_size: int) -> TrainState:
+    def train_on(state: TrainState, samples: ScoredSamples, batch_size: int) -> TrainState:
         for batch in batching.minibatches(
             rng,
             samples,
             batch_size,
-            trained,
+            parts.trained_steps,
             parts.traits,
             timestep_fraction=options.timestep_fraction,
             step_sampling=options.step_sampling,
@@ -76,28 +117,38 @@ def update(
             log.append(out | fitted)
         return state
 
+    if options.recompute_log_prob == "on":
+        log_prob = recompute(parts, state, samples, rng, options.batch_size)
+        samples = dataclasses.replace(samples, log_prob=log_prob)
     if parts.traits.branching:  # what the algorithm drops is not replayed either
-        samples = samples[parts.algorithm.select(advantages, samples.group_ids, config.algorithm)]
+        samples = samples[parts.algorithm.select(samples.advantages, samples.group_ids, config.algorithm)]
     for _ in range(options.num_inner_epochs):
         state = train_on(state, samples, options.batch_size)
     replayed = parts.replay.retrieve(samples, epoch, rng)
     if replayed is not None:
         state = train_on(state, replayed, len(replayed))
     parts.replay.add(samples, epoch)
-    values = jax.device_get(log)
-    if not all(np.isfinite(list(out.values())).all() for out in values):
+    metrics = jax.device_get(log)
+    if not all(np.isfinite(list(out.values())).all() for out in metrics):
         raise RunFailure(
             f"epoch {epoch}: the loss or its gradient is not finite; the epochs before it are saved. "
             "The same command would get here again: lower train.learning_rate and use another --workdir"
         )
-    first = values[0] if values else {}  # nothing where the algorithm kept no sample
-    row = {f"train/{key}": float(np.mean([out[key] for out in values])) for key in first}
+    return state, Updates(metrics, 0 if replayed is None else len(replayed))
+
+
+def report(parts: Parts, rollout: Rollout, samples: ScoredSamples, updates: Updates) -> dict[str, Any]:
+    """The epoch's row of metrics, but for the time of the updates."""
+    first = updates.metrics[0] if updates.metrics else {}  # nothing where the algorithm kept no sample
+    row = {f"train/{key}": float(np.mean([out[key] for out in updates.metrics])) for key in first}
     if "ratio_deviation" in first:
         row["train/ratio_first_update_deviation"] = float(first["ratio_deviation"])
-    row |= describe_rewards(rollout) | {"train/advantage_abs": float(np.abs(advantages).mean())}
-    row |= {"replay/samples": 0 if replayed is None else len(replayed), "replay/bytes": parts.replay.nbytes}
-    row |= {"time/rollout_s": rollout.rollout_s, "time/reward_s": rollout.reward_s}
-    return state, row | {"time/update_s": time.perf_counter() - start}
+    row |= {f"reward/{name}": float(getattr(rollout.rewards, name)()) for name in ("mean", "std", "min", "max")}
+    row |= {f"reward/{name}": nan_mean(part) for name, part in rollout.parts.items()}
+    row |= {"sample/distinct_prompts": len(set(rollout.prompts))}
+    row |= {"train/advantage_abs": float(np.abs(samples.advantages).mean())}
+    row |= {"replay/samples": updates.replayed, "replay/bytes": parts.replay.nbytes}
+    return row | {"time/rollout_s": rollout.rollout_s, "time/reward_s": rollout.reward_s}
 
 
 def fit_value(parts: Parts, state: TrainState, batch: Minibatch) -> tuple[TrainState, Minibatch, dict[str, jax.Array]]:
@@ -107,27 +158,19 @@ def fit_value(parts: Parts, state: TrainState, batch: Minibatch) -> tuple[TrainS
     value, metrics = state.value, {}
     for _ in range(parts.traits.value_updates):
         value, metrics = parts.value.update(value, batch)
-    batch = dataclasses.replace(batch, values=parts.value.predict(value, batch))
-    return dataclasses.replace(state, value=value), batch, metrics
-
-
-def describe_rewards(rollout: Rollout) -> dict[str, float]:
-    """Mean, spread and parts of an epoch's rewards."""
-    rewards = rollout.samples.rewards
-    row = {f"reward/{name}": float(getattr(rewards, name)()) for name in ("mean", "std", "min", "max")}
-    row |= {f"reward/{name}": nan_mean(part) for name, part in rollout.parts.items()}
-    return row | {"sample/distinct_prompts": len(set(rollout.prompts))}
+    valued = ValuedMinibatch(**vars(batch), values=parts.value.predict(value, batch))
+    return dataclasses.replace(state, value=value), valued, metrics
 
 
 def recompute(
-    parts: Parts, state: TrainState, samples: Any, rng: np.random.Generator, batch_size: int, trained: np.ndarray
+    parts: Parts, state: TrainState, samples: ScoredSamples, rng: np.random.Generator, batch_size: int
 ) -> np.ndarray:
     """The samples' log-probs by the learner's own network calls.
 
     In bfloat16 the sampler's larger batch rounds differently than the update's microbatch, which moves the ratio of the
     first update off 1 by more than the clip range.
     """
-    columns = np.flatnonzero(trained).astype(np.int32)
+    columns = np.flatnonzero(parts.trained_steps).astype(np.int32)
     log_prob = samples.log_prob.copy()
     for start in range(0, len(samples), batch_size):
         rows = slice(start, start + batch_size)

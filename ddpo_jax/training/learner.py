@@ -22,14 +22,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from ddpo_jax import sharding
-from ddpo_jax.diffusion import ddim
 from ddpo_jax.diffusion.policy import Policy
 from ddpo_jax.ops import gaussian, masked
 from ddpo_jax.ops.running import Max, Mean
 from ddpo_jax.types import AnyArray, Batch, Params, StepTerms, Traits
-
-NetworkFn = Callable[[Params, Params, Array, Array, Array], Array]  # (trained, frozen, latents, timesteps, context)
-
 
 Stats = dict[str, Any]  # Mean or Max by name
 
@@ -60,7 +56,13 @@ class Minibatch:
     step_weight: Float[AnyArray, "N S"]  # timestep weight of each, mean 1 over a trajectory
     mask: Float[AnyArray, "N S"]  # 0 where a pair is padding
     seeds: Int[AnyArray, " N"]  # of the random timesteps and noise of denoise_mse
-    values: Float[AnyArray, "N S"] | None  # a value network's predictions, where the algorithm has one
+
+
+@struct.dataclass
+class ValuedMinibatch(Minibatch):
+    """A minibatch and what a value network says of its pairs."""
+
+    values: Float[AnyArray, "N S"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +107,6 @@ class Learner:
     def __init__(
         self,
         policy: Policy,
-        network: NetworkFn,
         objective: Objective,
         tx: optax.GradientTransformation,
         mesh: Mesh,
@@ -113,15 +114,14 @@ class Learner:
         ema_decay: float = 0.0,
     ):
         """Args:
-        policy: guidance and schedule; the network is bound to it with the frozen parameters.
-        network: the trained network.
+        policy: noise process, network and guidance.
         objective: loss and traits of the algorithm.
         tx: optimizer.
         mesh: of devices; samples are split over both of its axes.
         microbatch_size: samples per network call on one device.
         ema_decay: of the average of the parameters; 0 turns it off.
         """
-        self._policy, self._network, self._objective, self._tx = policy, network, objective, tx
+        self._policy, self._objective, self._tx = policy, objective, tx
         self._mesh, self._microbatch, self._ema_decay = mesh, microbatch_size, ema_decay
         self.update = jax.jit(self._update, donate_argnums=0)
         self.log_prob = jax.jit(self._log_prob)
@@ -235,16 +235,18 @@ class Learner:
     ) -> StepTerms:
         """The terms the algorithm asks for, of one trained step of M samples: each [M, 1]."""
         wanted = self._objective.traits.terms
-        policy = self._policy.bind(self._network, frozen)
+        policy = self._policy
         steps, context = batch.steps[rows, column], batch.context[rows]
         latents, next_latents = batch.latents[rows, steps], batch.latents[rows, steps + 1]
         out: dict[str, Array] = {}
         if wanted & {"log_prob", "ref_log_prob", "kl", "noise_mse"}:
-            mean, std, output = policy.step(params, latents, steps, context, uncond)
+            mean, std, output = policy.step(params, frozen, latents, steps, context, uncond)
             if "log_prob" in wanted:
                 out["log_prob"] = gaussian.log_prob(next_latents, mean, std)
             if wanted & {"ref_log_prob", "kl", "noise_mse"}:
-                ref_mean, _, ref_output = jax.lax.stop_gradient(policy.step(reference, latents, steps, context, uncond))
+                ref_mean, _, ref_output = jax.lax.stop_gradient(
+                    policy.step(reference, frozen, latents, steps, context, uncond)
+                )
                 if "ref_log_prob" in wanted:
                     out["ref_log_prob"] = gaussian.log_prob(next_latents, ref_mean, std)
                 if "kl" in wanted:
@@ -252,15 +254,15 @@ class Learner:
                 if "noise_mse" in wanted:
                     out["noise_mse"] = jnp.mean((output - ref_output) ** 2, axis=(1, 2, 3))
         if "denoise_mse" in wanted:
-            out["denoise_mse"] = self._denoise_mse(policy, params, batch, rows, column, context, uncond)
-        if "value" in wanted and batch.values is not None:
+            out["denoise_mse"] = self._denoise_mse(params, frozen, batch, rows, column, context, uncond)
+        if "value" in wanted and isinstance(batch, ValuedMinibatch):
             out["value"] = batch.values[rows, column]
         return StepTerms(**{name: value[:, None] for name, value in out.items()})
 
     def _denoise_mse(
         self,
-        policy: Policy,
         params: Params,
+        frozen: Params,
         batch: Minibatch,
         rows: Array,
         column: Array,
@@ -268,16 +270,16 @@ class Learner:
         uncond: Array,
     ) -> Float[Array, " M"]:
         """The denoising loss of the final latents at a random training timestep (Black et al. 2023, Eq. 1)."""
-        schedule, clean = policy.schedule, batch.latents[rows, -1]
+        transition, clean = self._policy.transition, batch.latents[rows, -1]
 
         def draw(seed: Array) -> tuple[Array, Array]:
             t_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), column))
-            t = jax.random.randint(t_key, (), 0, schedule.alphas_cumprod.shape[0])
+            t = jax.random.randint(t_key, (), 0, transition.num_train_timesteps)
             return t, jax.random.normal(noise_key, clean.shape[1:])
 
         timesteps, noise = jax.vmap(draw)(batch.seeds[rows])
-        noised, target = ddim.add_noise(schedule, clean, noise, timesteps)
-        output = policy.model_output(params, noised, timesteps, context, uncond)
+        noised, target = transition.add_noise(clean, noise, timesteps)
+        output = self._policy.model_output(params, frozen, noised, timesteps, context, uncond)
         return jnp.mean((output - target) ** 2, axis=(1, 2, 3))
 
 
@@ -316,8 +318,9 @@ def _no_statistics(traits: Traits) -> Stats:
 
 
 def _statistics(terms: StepTerms, data: Batch, clip_range: float, rows: Array, column: Array) -> Stats:
-    """Of one microbatch: the extra terms, the k3 estimate of the KL to the rollout's policy (Schulman 2020), the share
-    of ratios outside the clip range, and the largest distance of a ratio from 1."""
+    """Of one microbatch: the extra terms, the k3 estimate of the KL to the rollout's policy (Schulman 2020,
+    "Approximating KL divergence"), the share of ratios outside the clip range, and the largest distance of a ratio
+    from 1."""
     mask = data.mask[rows, column]
     extra = {"kl": terms.kl, "noise_mse": terms.noise_mse, "denoise_mse": terms.denoise_mse}
     out: Stats = {name: Mean.of(value[:, 0], mask) for name, value in extra.items() if value is not None}

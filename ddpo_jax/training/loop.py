@@ -48,7 +48,7 @@ def train(ready: Ready, workdir: pathlib.Path) -> None:
                 progress.phase("sampling")
                 state, behaviour = refresh(state, parts.traits, epoch)
                 branch = branch_step(parts, config, epoch)
-                rollout = parts.collector.collect(epoch, behaviour, parts.model.frozen, parts.uncond, branch)
+                rollout = parts.collector.collect(epoch, behaviour, branch)
             except (RewardError, ValueError) as error:  # the reward, or the user's prompt function
                 if epoch == start and isinstance(error, ValueError):
                     raise
@@ -59,7 +59,7 @@ def train(ready: Ready, workdir: pathlib.Path) -> None:
             writer.write(row)
             if config.log.images_every and epoch % config.log.images_every == 0:
                 shown = slice(config.log.num_images)
-                writer.images(epoch, rollout.images[shown], rollout.prompts[shown], rollout.samples.rewards[shown])
+                writer.images(epoch, rollout.images[shown], rollout.prompts[shown], rollout.rewards[shown])
             last = epoch + 1 == config.num_epochs
             if last:  # before the save: a process that is killed here draws them when it resumes
                 show_fixed(writer, parts, config, state, epoch + 1)

@@ -45,5 +45,5 @@ def restore(saver: checkpoint.Checkpointer, parts: Parts, stats: PromptStats) ->
 def show_fixed(writer: metrics.Writer, parts: Parts, config: ConfigDict, state: TrainState, epochs: int) -> None:
     """Shows what the policy after ``epochs`` epochs makes of the run's fixed prompts, unless no images are wanted."""
     if config.log.images_every:
-        images, prompts = parts.collector.fixed(state.params, parts.model.frozen, parts.uncond, config.log.num_images)
+        images, prompts = parts.collector.fixed(state.params, config.log.num_images)
         writer.fixed(epochs, images, prompts)

@@ -1,20 +1,27 @@
-"""What a run has trained: read from its folder, put into its model."""
+"""What a run has trained: read from its folder, put into its model; and the images of such a model."""
 
 from __future__ import annotations
 
 import os
 import pathlib
+from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
+from ddpo_jax import sharding
 from ddpo_jax.config import default_config
 from ddpo_jax.config.defaults import FAMILIES
 from ddpo_jax.config.keys import flatten, from_json
+from ddpo_jax.config.resolve import resolve
 from ddpo_jax.errors import InputError
+from ddpo_jax.models import lora
 from ddpo_jax.models.functional import check_shapes
-from ddpo_jax.training.build import Model, load_model
+from ddpo_jax.training.build import Model, load_model, make_sampler
+from ddpo_jax.types import Params
 from ddpo_jax.workdir.checkpoint import Checkpointer
 
 Epoch = int | str  # finished epochs of a checkpoint, or "latest", or "best" (by mean reward)
@@ -46,6 +53,65 @@ def load_trained(
     check_shapes(*shapes)
     model.params = {name: jnp.asarray(params[name]) for name in model.params}
     return config, model
+
+
+def load_base(model: str, lora_file: str, backend: str, num_devices: int) -> tuple[ConfigDict, Model]:
+    """The config of a run on a model, and the model without training.
+
+    Args:
+      model: mini, a diffusers folder or a hub id.
+      lora_file: adapters to merge into its UNet; "" is none.
+      backend, num_devices: as of ``config.resolve``.
+
+    Raises:
+      InputError: there is no such model, or the file cannot be read or is of another network.
+    """
+    config = default_config()
+    config.model = model
+    config.train.lora_rank = 0
+    config, _ = resolve(config, backend, num_devices)
+    loaded = load_model(config)
+    if lora_file:
+        loaded.params = _adapted(loaded.params, lora_file)
+    return config, loaded
+
+
+def _adapted(params: Params, path: str) -> Params:
+    """A network's parameters with the adapters of a file merged into them."""
+    try:
+        adapters = lora.load(path)
+    except (OSError, ValueError) as error:  # both name the file
+        raise InputError(f"--lora: {error}") from error
+    base = {name: np.asarray(value) for name, value in params.items()}
+    for layer in sorted({name.rpartition(".")[0] for name in adapters}):
+        wanted = adapters[f"{layer}.{lora.DOWN}"].shape[0], adapters[f"{layer}.{lora.UP}"].shape[1]
+        kernel = base.get(f"{layer}.kernel")
+        if kernel is None or kernel.shape != wanted:
+            raise InputError(
+                f"--lora: received '{path}'; it adapts {layer} of shape {wanted}, which the model has as "
+                f"{None if kernel is None else kernel.shape}; use the --model that the adapters were trained on"
+            )
+    return jax.device_put(lora.merge(base | adapters))
+
+
+def draw(
+    model: Model, config: ConfigDict, prompts: Sequence[str], num_images: int, seed: int
+) -> UInt8[np.ndarray, "N H W 3"]:
+    """``num_images`` of each prompt, those of a prompt next to each other, on one device.
+
+    Args:
+      model: networks and parameters.
+      config: its ``sample`` section says how: ``num_steps``, ``guidance_scale``, ``eta``, ``batch_size``.
+      prompts: texts.
+      num_images: of each prompt.
+      seed: of the initial noise and the noise of the steps, which image k of every prompt shares.
+    """
+    sampler = make_sampler(model, config, sharding.make_mesh(1, 1))
+    names = [prompt for prompt in prompts for _ in range(num_images)]
+    numbers = np.tile(np.arange(num_images), len(prompts))
+    size = min(len(names), config.sample.batch_size)
+    params = sharding.put_params(model.params, sampler.mesh)
+    return sampler.images(params, names, numbers, jax.random.key(seed), size)
 
 
 def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:

@@ -1,6 +1,6 @@
 """The value network's own learner: regression on the final reward, beside the policy's updates.
 
-To the policy's loss a value is data (``Minibatch.values``): the network is updated first, then predicts, then the
+To the policy's loss a value is data (``ValuedMinibatch.values``): the network is updated first, then predicts, then the
 policy is updated. Rewards are raw and may be of any scale (kilobytes, a score around 5, 0 to 1), while AdamW moves a
 weight by at most about its learning rate per update. So V = shift + scale * network, where shift and scale are the mean
 and standard deviation of the rewards of the first minibatch, fixed from then on: V starts at the mean reward.
@@ -18,7 +18,7 @@ import optax
 from flax import nnx, struct
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from ddpo_jax import sharding
 from ddpo_jax.models.functional import functional
@@ -45,7 +45,7 @@ class ValueLearner:
     def __init__(
         self,
         loss: Callable[[StepTerms, Batch], Array],
-        timesteps: Int[Array, " T"],
+        timesteps: Num[Array, " T"],
         channels: int,
         context_dim: int,
         learning_rate: float,
@@ -54,7 +54,7 @@ class ValueLearner:
     ):
         """Args:
         loss: the algorithm's ``value_loss``: unreduced, [N, S].
-        timesteps: of the schedule.
+        timesteps: of the noise process, at each step.
         channels: of the latents.
         context_dim: of the text embeddings.
         learning_rate: of AdamW.
