@@ -121,7 +121,7 @@ class ImageSampler:
         latents: Float[AnyArray, "N h w c"],
         step: int,
     ) -> Float[Array, "N h w c"]:
-        """The final latents to which N latents at step ``step`` lead; the other arguments are those of ``trajectories``."""
+        """The final latents to which N latents at step ``step`` lead; see ``trajectories`` for the others."""
         context, *samples = self._put(self.codec.embed(prompts), ids.astype(np.int32), latents)
         return self._continuations(params, self.frozen, self.uncond, context, key, *samples, np.int32(step))
 
