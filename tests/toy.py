@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ddpo_jax.diffusion import schedule
+from ddpo_jax.diffusion import ddim
 from ddpo_jax.diffusion.policy import Policy
 
 SHAPE = (4, 4, 4)
@@ -52,8 +52,7 @@ def bound(params, *inputs):
 
 def policy(num_steps: int, *, eta: float = 1.0, guidance_scale: float = 3.0, **options) -> Policy:
     """Of ``num_steps`` steps; ``options`` change the scheduler's config."""
-    made = schedule.make(STABLE_DIFFUSION | options, num_steps, eta)
-    return Policy(schedule=made, guidance_scale=guidance_scale).bind(network, FROZEN)
+    return Policy(ddim.make(STABLE_DIFFUSION | options, num_steps, eta), network, guidance_scale)
 
 
 def contexts(n: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from PIL import Image
 from ddpo_jax.commands import _cli as cli
 from ddpo_jax.commands import sample
 from ddpo_jax.training.build import load_model
+from ddpo_jax.training.trained import draw
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +29,14 @@ def command(*argv):
 def test_image_k_of_a_prompt_depends_on_the_seed_and_k_alone(made):
     config, model = made
     a, b = tiny.PROMPTS[:2]
-    images = sample.draw(model, [a, b], config, 5, 3)
+    images = draw(model, config, [a, b], num_images=3, seed=5)
     assert images.shape == (6, 32, 32, 3) and images.dtype == np.uint8
     config = config.copy_and_resolve_references()
     config.sample.batch_size = 2
-    alone = sample.draw(model, [b], config, 5, 3)  # in two batches, the second filled up
+    alone = draw(model, config, [b], num_images=3, seed=5)  # in two batches, the second filled up
     assert np.abs(alone.astype(int) - images[3:]).max() <= 1
     assert np.abs(images[0].astype(int) - images[1]).max() > 10
-    other = sample.draw(model, [b], config, 6, 2)
+    other = draw(model, config, [b], num_images=2, seed=6)
     assert np.abs(other.astype(int) - alone[:2]).max() > 10
 
 

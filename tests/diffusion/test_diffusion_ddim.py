@@ -33,9 +33,9 @@ def test_mean_and_std_are_those_of_diffusers(inputs, prediction, to_one, eta):
     config = SD | {"prediction_type": prediction, "set_alpha_to_one": to_one, "steps_offset": 1}
     theirs = diffusers.DDIMScheduler(**config)
     theirs.set_timesteps(T)
-    ours = schedule.make(config, T, eta)
+    ours = ddim.make(config, T, eta)
     for index, timestep in enumerate(theirs.timesteps):
-        mean, std = ddim.step(ours, jnp.asarray(output), jnp.asarray(latents), jnp.full(B, index))
+        mean, std = ours.step(jnp.asarray(output), jnp.asarray(latents), jnp.full(B, index))
         # the noise of the last step with set_alpha_to_one is 0, where diffusers' square root of -1e-9 is no number
         for noise in (0.0, 1.0) if index < T - 1 or not to_one else (0.0,):
             expected = theirs.step(
@@ -47,11 +47,11 @@ def test_mean_and_std_are_those_of_diffusers(inputs, prediction, to_one, eta):
 
 def test_each_sample_may_be_at_its_own_step(inputs):
     latents, output = inputs
-    made = schedule.make(SD | {"steps_offset": 1}, T, 1.0)
-    mixed, std = ddim.step(made, jnp.asarray(output), jnp.asarray(latents), jnp.array([7, 0, 9]))
+    made = ddim.make(SD | {"steps_offset": 1}, T, 1.0)
+    mixed, std = made.step(jnp.asarray(output), jnp.asarray(latents), jnp.array([7, 0, 9]))
     for row, index in enumerate([7, 0, 9]):
-        alone, alone_std = ddim.step(
-            made, jnp.asarray(output[row : row + 1]), jnp.asarray(latents[row : row + 1]), jnp.array([index])
+        alone, alone_std = made.step(
+            jnp.asarray(output[row : row + 1]), jnp.asarray(latents[row : row + 1]), jnp.array([index])
         )
         np.testing.assert_allclose(mixed[row], alone[0], rtol=1e-6)
         assert std[row] == alone_std[0]
@@ -59,19 +59,19 @@ def test_each_sample_may_be_at_its_own_step(inputs):
 
 def test_network_output_in_bfloat16_gives_float32_arithmetic(inputs):
     latents, output = (jnp.asarray(x, jnp.bfloat16) for x in inputs)
-    made = schedule.make(SD | {"steps_offset": 1}, T, 1.0)
+    made = ddim.make(SD | {"steps_offset": 1}, T, 1.0)
     index = jnp.full(B, 3)
-    mean, std = ddim.step(made, output, latents, index)
-    expected, _ = ddim.step(made, output.astype(jnp.float32), latents.astype(jnp.float32), index)
+    mean, std = made.step(output, latents, index)
+    expected, _ = made.step(output.astype(jnp.float32), latents.astype(jnp.float32), index)
     assert mean.dtype == std.dtype == jnp.float32
     np.testing.assert_array_equal(mean, expected)
 
 
 def test_log_prob_of_a_step_is_the_mean_of_a_normal_density(inputs):
     latents, output = inputs
-    made = schedule.make(SD | {"steps_offset": 1, "set_alpha_to_one": False}, T, 1.0)
+    made = ddim.make(SD | {"steps_offset": 1, "set_alpha_to_one": False}, T, 1.0)
     for index in (0, 5, T - 1):
-        mean, std = ddim.step(made, jnp.asarray(output), jnp.asarray(latents), jnp.full(B, index))
+        mean, std = made.step(jnp.asarray(output), jnp.asarray(latents), jnp.full(B, index))
         drawn = np.asarray(mean) + np.asarray(std)[:, None, None, None] * draws(2, B, *SHAPE)
         normal = torch.distributions.Normal(
             torch.tensor(np.asarray(mean), dtype=torch.float64), float(np.asarray(std[0], np.float64))
@@ -87,10 +87,10 @@ def test_eta_one_is_the_ancestral_ddpm_step(inputs, monkeypatch, num_steps):
     config = SD | {"steps_offset": 0 if num_steps == 1000 else 1}
     theirs = diffusers.DDPMScheduler(**config, variance_type="fixed_small")
     theirs.set_timesteps(num_steps)
-    ours = schedule.make(config | {"set_alpha_to_one": True}, num_steps, 1.0)
+    ours = ddim.make(config | {"set_alpha_to_one": True}, num_steps, 1.0)
     np.testing.assert_array_equal(ours.timesteps, theirs.timesteps)
     for index in (0, num_steps // 2, num_steps - 2, num_steps - 1):
-        mean, std = ddim.step(ours, jnp.asarray(output), jnp.asarray(latents), jnp.full(B, index))
+        mean, std = ours.step(jnp.asarray(output), jnp.asarray(latents), jnp.full(B, index))
         for noise in (0.0, 1.0):
             monkeypatch.setattr(
                 "diffusers.schedulers.scheduling_ddpm.randn_tensor",
@@ -107,7 +107,7 @@ def test_add_noise_and_its_target_are_those_of_diffusers(prediction):
     config = SD | {"prediction_type": prediction}
     theirs = diffusers.DDIMScheduler(**config)
     arguments = [torch.tensor(x) for x in (clean, noise, timesteps)]
-    noised, target = ddim.add_noise(schedule.make(config, T, 1.0), *(jnp.asarray(x) for x in (clean, noise, timesteps)))
+    noised, target = ddim.make(config, T, 1.0).add_noise(*(jnp.asarray(x) for x in (clean, noise, timesteps)))
     np.testing.assert_allclose(noised, theirs.add_noise(*arguments), rtol=1e-5, atol=1e-5)
     expected = {"epsilon": noise, "v_prediction": theirs.get_velocity(*arguments), "sample": clean}[prediction]
     np.testing.assert_allclose(target, expected, rtol=1e-5, atol=1e-5)
@@ -117,25 +117,25 @@ def test_add_noise_and_its_target_are_those_of_diffusers(prediction):
 def test_the_target_of_training_predicts_the_clean_latents_and_the_noise(prediction):
     """A network that outputs its training target is right about both."""
     clean, noise = jnp.asarray(draws(5, B, *SHAPE)), jnp.asarray(draws(6, B, *SHAPE))
-    made = schedule.make(SD | {"prediction_type": prediction}, T, 1.0)
-    timesteps = jnp.array([10, 300, 700])
-    noised, target = ddim.add_noise(made, clean, noise, timesteps)
-    x0, eps = ddim.predictions(made, target, noised, made.alphas_cumprod[timesteps])
+    made = ddim.make(SD | {"prediction_type": prediction}, T, 1.0)
+    index = jnp.array([9, 6, 2])
+    noised, target = made.add_noise(clean, noise, made.timesteps[index])
+    x0, eps = made.predictions(target, noised, index)
     np.testing.assert_allclose(x0, clean, atol=2e-5)
     np.testing.assert_allclose(eps, noise, atol=2e-4)
 
 
 def test_gradient_of_log_prob_flows_through_the_mean_and_not_through_the_sample(inputs):
     latents, output = map(jnp.asarray, inputs)
-    made = schedule.make(SD | {"steps_offset": 1, "set_alpha_to_one": False}, T, 1.0)
+    made = ddim.make(SD | {"steps_offset": 1, "set_alpha_to_one": False}, T, 1.0)
     index = jnp.full(B, 4)
 
     def log_prob(output):
-        mean, std = ddim.step(made, output, latents, index)
+        mean, std = made.step(output, latents, index)
         drawn = mean + std[:, None, None, None] * draws(7, B, *SHAPE)
         return gaussian.log_prob(drawn, mean, std).sum()
 
     # d/d mean of -(x - mean)^2 / (2 std^2) is z / std; with x moving along, it would be 0
-    mean, vjp = jax.vjp(lambda output: ddim.step(made, output, latents, index)[0], output)
+    mean, vjp = jax.vjp(lambda output: made.step(output, latents, index)[0], output)
     (expected,) = vjp(draws(7, B, *SHAPE) / made.std[4] / np.prod(SHAPE))
     np.testing.assert_allclose(jax.grad(log_prob)(output), expected, rtol=1e-3, atol=1e-5)

@@ -23,7 +23,7 @@ def keys(ids, seed=0):
 @functools.partial(jax.jit, static_argnums=0)
 def run(options, keys, context, uncond, root_keys=None, branch_step=0):
     policy = toy.policy(T, **dict(options))
-    return sampler.sample(policy, PARAMS, keys, context, uncond, toy.SHAPE, root_keys, branch_step)
+    return sampler.sample(policy, PARAMS, toy.FROZEN, keys, context, uncond, toy.SHAPE, root_keys, branch_step)
 
 
 def sample(n=N, *, ids=None, options=(), same_prompt=False, **arguments):
@@ -91,7 +91,7 @@ def test_a_sample_does_not_depend_on_the_mesh(trajectory, shape):
     context, uncond = toy.contexts(N)
     sharded = jax.jit(
         jax.shard_map(
-            lambda keys, context: sampler.sample(toy.policy(T), PARAMS, keys, context, uncond, toy.SHAPE),
+            lambda keys, context: sampler.sample(toy.policy(T), PARAMS, toy.FROZEN, keys, context, uncond, toy.SHAPE),
             mesh=mesh,
             in_specs=(batch, batch),
             out_specs=batch,
@@ -157,7 +157,7 @@ def test_the_step_without_noise_at_the_end_has_log_prob_zero():
     assert np.isfinite(made.latents).all() and np.isfinite(made.log_prob).all()
     np.testing.assert_array_equal(made.log_prob[:, -1], 0)
     assert (made.log_prob[:, :-1] != 0).all()
-    assert toy.policy(T, set_alpha_to_one=True).schedule.trainable.tolist() == [True] * (T - 1) + [False]
+    assert toy.policy(T, set_alpha_to_one=True).transition.trainable.tolist() == [True] * (T - 1) + [False]
 
 
 def test_one_program_for_all_branch_steps():
@@ -166,3 +166,16 @@ def test_one_program_for_all_branch_steps():
     for branch in (0, 1, 3):
         sample(root_keys=roots, branch_step=jnp.int32(branch))
     assert run._cache_size() <= before + 1
+
+
+def test_resuming_at_a_step_gives_the_rest_of_the_trajectory(trajectory):
+    """From any step with the trajectory's own noise; at T there is nothing left to do. One program for all steps."""
+    resume = jax.jit(functools.partial(sampler.resume, toy.policy(T), PARAMS, toy.FROZEN))
+    context, uncond = toy.contexts(N)
+    for start in range(T + 1):
+        found = resume(keys(range(N)), context, uncond, trajectory.latents[:, start], jnp.int32(start))
+        np.testing.assert_allclose(found, trajectory.latents[:, T], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(found, trajectory.latents[:, T])
+    other = resume(keys(range(N, 2 * N)), context, uncond, trajectory.latents[:, 2], jnp.int32(2))
+    assert (np.abs(other - trajectory.latents[:, T]).mean((1, 2, 3)) > 0.01).all()  # fresh noise parts from it
+    assert resume._cache_size() == 1

@@ -11,14 +11,14 @@ from ddpo_jax.config import default_config
 from ddpo_jax.config.override import override
 from ddpo_jax.config.ready import make_ready
 from ddpo_jax.replay.buffer import Buffer
-from ddpo_jax.types import Samples
+from ddpo_jax.types import ScoredSamples
 from ddpo_jax.workdir.checkpoint import Checkpointer
 
 
 def samples(epoch, advantages, per_group=1):
     """Samples whose every field tells which epoch and which row they came from."""
     n, mark = len(advantages), 100.0 * epoch + np.arange(len(advantages), dtype=np.float32)
-    return Samples(
+    return ScoredSamples(
         latents=np.broadcast_to(mark[:, None, None, None, None], (n, 4, 2, 2, 1)).astype(np.float32),
         log_prob=np.stack([mark, mark + 0.25, mark + 0.5], axis=1).astype(np.float32),
         weights=np.tile(np.float32([2, 0.5, 0.5]), (n, 1)),

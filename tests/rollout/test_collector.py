@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import toy
 
 from ddpo_jax import sharding
 from ddpo_jax.rollout import collector as rollout
+from ddpo_jax.rollout.sampler import ImageSampler
 from ddpo_jax.rollout.scoring import RewardError, RewardRunner
 
 T, K = 4, 2
@@ -52,39 +54,36 @@ class Reward:
         return images.mean((1, 2, 3)) + np.array([len(name) for name in names]), parts
 
 
-def squares(latents, schedule):
+def squares(latents, transition):
     """Un-normalised weights that differ between samples and steps."""
     return (latents[:, 1:] - latents[:, :-1]).mean((2, 3, 4)) ** 2 + 0.1
 
 
-def collector(mesh=(1, 1), reward=None, *, batch_size=8, num_batches=2, policy=None, prompt_fn=prompts, **options):
-    return rollout.Collector(
-        dataclasses.replace(policy or toy.policy(T), network=None),
-        toy.network,
-        sharding.make_mesh(*mesh),
-        toy.SHAPE,
-        squares,
-        embed,
-        decode,
-        prompt_fn,
-        RewardRunner(reward or Reward()),
-        seed=3,
-        batch_size=batch_size,
-        num_batches=num_batches,
-        samples_per_prompt=K,
-        **options,
-    )
+PARAMS = jax.tree.map(jnp.asarray, toy.parameters())
+CODEC = types.SimpleNamespace(latent_shape=toy.SHAPE, embed=embed, decode=decode)
 
 
-def placed(made, params=None):
-    """Trained and frozen parameters and the empty prompt, on the mesh of ``made``."""
-    trees = [jax.tree.map(jnp.asarray, tree) for tree in (params or toy.parameters(), toy.FROZEN)]
-    uncond = sharding.replicate(jnp.asarray(toy.contexts(1)[1]), made._mesh)
-    return *(sharding.put_params(tree, made._mesh) for tree in trees), uncond
+def collector(mesh=(1, 1), reward=None, *, batch_size=8, num_batches=2, policy=None, **options):
+    devices = sharding.make_mesh(*mesh)
+    frozen, uncond = sharding.put_params(toy.FROZEN, devices), sharding.replicate(toy.contexts(1)[1], devices)
+    sampler = ImageSampler(policy or toy.policy(T), frozen, uncond, CODEC, devices, squares)
+    plan = rollout.Plan(seed=3, batch_size=batch_size, num_batches=num_batches, samples_per_prompt=K, **options)
+    return rollout.Collector(sampler, prompts, RewardRunner(reward or Reward()), plan)
 
 
 def collect(made, epoch=0, branch_step=0):
-    return made.collect(epoch, *placed(made), branch_step)
+    return made.collect(epoch, PARAMS, branch_step)
+
+
+def counting(policy):
+    """The policy, and a list that grows whenever its network is traced."""
+    traced = []
+
+    def network(*inputs):
+        traced.append(None)
+        return policy.network(*inputs)
+
+    return dataclasses.replace(policy, network=network), traced
 
 
 @pytest.fixture(scope="module")
@@ -98,34 +97,34 @@ def drawn(made):
 
 
 def test_everything_belongs_to_the_same_sample(drawn):
-    samples, names = drawn.samples, drawn.prompts
-    assert len(samples) == len(names) == len(drawn.images) == 16
+    latents, names = drawn.trajectories.latents, drawn.prompts
+    assert len(latents) == len(names) == len(drawn.images) == 16
     assert names[::2] == names[1::2] and len(set(names)) == 8  # K samples in a row share a prompt
-    np.testing.assert_array_equal(samples.context, embed(names))
-    np.testing.assert_array_equal(drawn.images, decode(samples.latents[:, -1]))
+    np.testing.assert_array_equal(drawn.context, embed(names))
+    np.testing.assert_array_equal(drawn.images, decode(latents[:, -1]))
     expected = drawn.images.mean((1, 2, 3)) + np.array([len(name) for name in names])
-    np.testing.assert_allclose(samples.rewards, expected, rtol=1e-6)
-    assert samples.latents.shape == (16, T + 1, *toy.SHAPE) and samples.log_prob.shape == (16, T)
-    for field in (samples.latents, samples.log_prob, samples.weights, samples.mask, samples.rewards):
+    np.testing.assert_allclose(drawn.rewards, expected, rtol=1e-6)
+    assert latents.shape == (16, T + 1, *toy.SHAPE) and drawn.trajectories.log_prob.shape == (16, T)
+    for field in (latents, drawn.trajectories.log_prob, drawn.weights, drawn.rewards):
         assert isinstance(field, np.ndarray) and field.dtype == np.float32
     same = np.array(names)[:, None] == np.array(names)
-    np.testing.assert_array_equal(samples.prompt_ids[:, None] == samples.prompt_ids, same)
+    np.testing.assert_array_equal(drawn.prompt_ids[:, None] == drawn.prompt_ids, same)
 
 
 def test_groups_are_draws_of_a_prompt_and_differ_between_epochs(made, drawn):
-    np.testing.assert_array_equal(np.unique(drawn.samples.group_ids, return_inverse=True)[1], np.arange(16) // K)
+    np.testing.assert_array_equal(np.unique(drawn.group_ids, return_inverse=True)[1], np.arange(16) // K)
     later = collect(made, epoch=1)
-    assert not set(later.samples.group_ids) & set(drawn.samples.group_ids)
-    np.testing.assert_array_equal(drawn.samples.group_ids, collect(made).samples.group_ids)
+    assert not set(later.group_ids) & set(drawn.group_ids)
+    np.testing.assert_array_equal(drawn.group_ids, collect(made).group_ids)
 
 
 def test_an_epoch_follows_from_its_number(made, drawn):
     again, later = collect(made), collect(made, epoch=1)
     assert again.prompts == drawn.prompts and later.prompts != drawn.prompts
-    np.testing.assert_array_equal(again.samples.latents, drawn.samples.latents)
-    np.testing.assert_array_equal(again.samples.rewards, drawn.samples.rewards)
-    assert np.abs(later.samples.latents[:, 0] - drawn.samples.latents[:, 0]).mean() > 0.5
-    noise = drawn.samples.latents[:, 0].reshape(16, -1)
+    np.testing.assert_array_equal(again.trajectories.latents, drawn.trajectories.latents)
+    np.testing.assert_array_equal(again.rewards, drawn.rewards)
+    assert np.abs(later.trajectories.latents[:, 0] - drawn.trajectories.latents[:, 0]).mean() > 0.5
+    noise = drawn.trajectories.latents[:, 0].reshape(16, -1)
     assert len(np.unique(noise[:, 0])) == 16  # no two samples start alike, of the same prompt or batch
 
 
@@ -133,47 +132,43 @@ def test_an_epoch_follows_from_its_number(made, drawn):
 def test_eight_devices_draw_what_one_draws(drawn, mesh):
     other = collect(collector(mesh))
     assert other.prompts == drawn.prompts
-    np.testing.assert_array_equal(other.samples.latents[:, 0], drawn.samples.latents[:, 0])
-    for name in ("latents", "log_prob", "weights"):
-        np.testing.assert_allclose(getattr(other.samples, name), getattr(drawn.samples, name), atol=2e-5, rtol=1e-4)
+    np.testing.assert_array_equal(other.trajectories.latents[:, 0], drawn.trajectories.latents[:, 0])
+    for name in ("latents", "log_prob"):
+        found, expected = getattr(other.trajectories, name), getattr(drawn.trajectories, name)
+        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
+    np.testing.assert_allclose(other.weights, drawn.weights, atol=2e-5, rtol=1e-4)
     assert np.abs(other.images.astype(int) - drawn.images).max() <= 1  # rounding
 
 
 def test_the_size_of_a_sampling_batch_does_not_matter(drawn):
     whole = collect(collector(batch_size=16, num_batches=1))
     assert whole.prompts == drawn.prompts
-    np.testing.assert_array_equal(whole.samples.latents[:, 0], drawn.samples.latents[:, 0])
-    np.testing.assert_allclose(whole.samples.latents, drawn.samples.latents, atol=2e-5)
-    np.testing.assert_allclose(whole.samples.rewards, drawn.samples.rewards, atol=0.5)  # of pixels that round
+    np.testing.assert_array_equal(whole.trajectories.latents[:, 0], drawn.trajectories.latents[:, 0])
+    np.testing.assert_allclose(whole.trajectories.latents, drawn.trajectories.latents, atol=2e-5)
+    np.testing.assert_allclose(whole.rewards, drawn.rewards, atol=0.5)  # of pixels that round
 
 
-def test_weights_have_mean_one_over_the_trained_steps(drawn):
-    np.testing.assert_allclose(drawn.samples.weights.mean(axis=1), 1, rtol=1e-5)
-    raw = np.asarray(squares(drawn.samples.latents, None))
-    np.testing.assert_allclose(drawn.samples.weights, raw / raw.mean(1, keepdims=True), rtol=1e-4)
-    np.testing.assert_array_equal(drawn.samples.mask, 1)
+def test_weights_are_those_of_each_trajectory(drawn):
+    np.testing.assert_allclose(drawn.weights, squares(drawn.trajectories.latents, None), rtol=1e-5)
+    assert drawn.branch_step == 0
 
 
-def test_a_step_without_density_is_sampled_and_not_trained():
-    found = collect(collector(num_batches=1, policy=toy.policy(T, set_alpha_to_one=True))).samples
-    np.testing.assert_array_equal(found.mask, np.tile([1, 1, 1, 0], (8, 1)))
-    np.testing.assert_array_equal(found.weights[:, -1], 0)
-    np.testing.assert_allclose(found.weights[:, :-1].mean(1), 1, rtol=1e-5)
+def test_a_step_without_density_is_sampled():
+    found = collect(collector(num_batches=1, policy=toy.policy(T, set_alpha_to_one=True))).trajectories
     assert np.isfinite(found.log_prob).all() and np.isfinite(found.latents).all()
 
 
-def test_branches_share_the_first_steps_which_are_not_trained(made):
-    found = collect(made, branch_step=2).samples
-    pairs = found.latents.reshape(8, K, T + 1, -1)
+def test_branches_share_the_first_steps(made):
+    found = collect(made, branch_step=2)
+    pairs = found.trajectories.latents.reshape(8, K, T + 1, -1)
     np.testing.assert_array_equal(pairs[:, 0, :3], pairs[:, 1, :3])
     assert (np.abs(pairs[:, 0, 3:] - pairs[:, 1, 3:]).mean(2) > 0.01).all()
     assert len(np.unique(pairs[:, 0, 0, 0])) == 8
-    np.testing.assert_array_equal(found.mask, np.tile([0, 0, 1, 1], (16, 1)))
-    np.testing.assert_allclose((found.weights * found.mask).sum(1) / 2, 1, rtol=1e-5)
+    assert found.branch_step == 2
 
 
 def test_shared_noise_is_the_initial_noise_alone():
-    pairs = collect(collector(shared_noise=True)).samples.latents.reshape(8, K, T + 1, -1)
+    pairs = collect(collector(shared_noise=True)).trajectories.latents.reshape(8, K, T + 1, -1)
     np.testing.assert_array_equal(pairs[:, 0, 0], pairs[:, 1, 0])
     assert (np.abs(pairs[:, 0, 1:] - pairs[:, 1, 1:]).mean(2) > 0.01).all()
 
@@ -195,31 +190,35 @@ def test_a_failed_reward_leaves_nothing_behind(drawn):
     reward.fault = True
     with pytest.raises(RewardError, match="OSError: no"):
         collect(made)
-    np.testing.assert_array_equal(collect(made).samples.latents, drawn.samples.latents)
+    np.testing.assert_array_equal(collect(made).trajectories.latents, drawn.trajectories.latents)
 
 
-def test_one_program_for_all_epochs_and_branch_steps(made, drawn):
+def test_one_program_for_all_epochs_and_branch_steps_and_the_fixed_images():
+    policy, traced = counting(toy.policy(T))
+    made = collector(policy=policy)
+    collect(made)
+    once = len(traced)
     collect(made, epoch=5, branch_step=1)
-    assert made.sample._cache_size() == 1
+    made.fixed(PARAMS, 3)
+    assert once > 0 and len(traced) == once
 
 
 def test_fixed_images_change_with_the_policy_alone():
-    """The same prompts and noise whatever was collected, no reward, no other program, one image a prompt."""
+    """The same prompts and noise whatever was collected, no reward, one image a prompt."""
     reward = Reward()
     made = collector(reward=reward, shared_noise=True)
-    images, names = made.fixed(*placed(made), 6)
+    images, names = made.fixed(PARAMS, 6)
     before = collect(made, epoch=1)
-    again, same_names = made.fixed(*placed(made), 6)
+    again, same_names = made.fixed(PARAMS, 6)
     np.testing.assert_array_equal(images, again)
     assert names == same_names and len(set(names)) == len(images) == 6
     assert names != before.prompts[:12:2] and not (images[:, None] == before.images).all((2, 3, 4)).any()
-    other, _ = made.fixed(*placed(made, jax.tree.map(lambda x: 2 * x, toy.parameters())), 6)
+    other, _ = made.fixed(jax.tree.map(lambda x: 2 * x, PARAMS), 6)
     assert np.abs(other.astype(int) - images).mean() > 0.1
-    assert len(made.fixed(*placed(made), 99)[0]) == 8  # at most a batch
-    assert len(reward.calls) == 2 and made.sample._cache_size() == 1
-    np.testing.assert_array_equal(
-        before.samples.latents, collect(collector(shared_noise=True), epoch=1).samples.latents
-    )
+    assert len(made.fixed(PARAMS, 99)[0]) == 8  # at most a batch
+    assert len(reward.calls) == 2
+    alone = collect(collector(shared_noise=True), epoch=1)
+    np.testing.assert_array_equal(before.trajectories.latents, alone.trajectories.latents)
 
 
 def test_prompt_ids_are_63_bit_names():
@@ -228,17 +227,12 @@ def test_prompt_ids_are_63_bit_names():
     assert rollout.prompt_id("prompt 7") == ids[7]
 
 
-def test_random_streams_are_independent_and_repeatable():
-    draws = {key: rollout.generator(*key).random() for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)]}
-    assert len(set(draws.values())) == 5
-    assert draws[0, 1, 1] == rollout.generator(0, 1, 1).random()
-
-
 def test_network_options_reach_the_sampler():
     """The guidance scale is the policy's: another one, another trajectory from the same noise."""
     policy = functools.partial(toy.policy, T)
     few, many = (
-        collect(collector(num_batches=1, policy=policy(guidance_scale=scale))).samples.latents for scale in (1.0, 8.0)
+        collect(collector(num_batches=1, policy=policy(guidance_scale=scale))).trajectories.latents
+        for scale in (1.0, 8.0)
     )
     np.testing.assert_array_equal(few[:, 0], many[:, 0])
     assert np.abs(few[:, -1] - many[:, -1]).mean() > 0.01

@@ -1,6 +1,7 @@
 """Evaluating a run: paired noise, chunks and devices that do not matter, resuming, statistics by hand."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 from ddpo_jax.commands import _cli as cli
 from ddpo_jax.commands import evaluate as command
 from ddpo_jax.config import choose
-from ddpo_jax.diffusion import sampler, schedule
+from ddpo_jax.diffusion import ddim, sampler
 from ddpo_jax.diffusion.policy import Policy
 from ddpo_jax.studies import evaluate
 from ddpo_jax.training.build import load_model
@@ -56,15 +57,15 @@ def command(run, monkeypatch, tmp_path):
 def painted(monkeypatch):
     """In place of the sampler: images of one brightness that prompt, number and parameters give."""
 
-    def make_sampler(model, config, mesh, seed):
-        def sample(params, prompts, numbers):
+    def make_sampler(model, config, mesh):
+        def images(params, prompts, numbers, key, batch_size):
             total = float(sum(np.asarray(value, np.float64).sum() for value in params.values()))
             shades = [
                 (len(prompt) * 7 + number * 13 + total) % 256 for prompt, number in zip(prompts, numbers, strict=True)
             ]
             return np.tile(np.array(shades, np.uint8)[:, None, None, None], (1, 8, 8, 3))
 
-        return sample
+        return types.SimpleNamespace(images=images)
 
     monkeypatch.setattr(evaluate, "make_sampler", make_sampler)
 
@@ -82,9 +83,11 @@ def test_both_models_are_scored_on_the_same_noise(command, run, tmp_path, capsys
 
     # The same images in one batch on one device, without the command's sampler.
     pipe, scores = model.pipeline, {}
-    steps = schedule.make(pipe.scheduler_config, 2, config.sample.eta)
-    policy = Policy(steps, config.sample.guidance_scale).bind(model.network, model.frozen)
-    draw = jax.jit(lambda p, k, c, u: sampler.sample(policy, p, k, c, u, pipe.latent_shape).latents[:, -1])
+    process = ddim.make(pipe.scheduler_config, 2, config.sample.eta)
+    policy = Policy(process, model.network, config.sample.guidance_scale)
+    draw = jax.jit(
+        lambda p, k, c, u: sampler.sample(policy, p, model.frozen, k, c, u, pipe.latent_shape).latents[:, -1]
+    )
     for label, params in (("base", model.reference), ("trained", model.params)):
         context = pipe.embed([prompt for prompt in result["settings"]["prompts"] for _ in range(3)])
         keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(0), number))(np.arange(12))

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_config, tiny_pipeline_folder, tiny_ready
+from tiny import tiny_pipeline_folder, tiny_ready
 
 from ddpo_jax import find
 from ddpo_jax.commands import _cli as cli
@@ -70,7 +70,7 @@ def test_branch_variance_and_x0_change_of_a_known_policy(folder, monkeypatch, no
     monkeypatch.setattr(measure, "make_reward", lambda config, member: corner)
     plan = measure.Plan(num_prompts=8, repeats=2, branches=33)
     table = measure.measure(ready, plan)
-    the_schedule = schedule.make(model.pipeline.scheduler_config, 3, 1.0)
+    the_schedule = ddim.make(model.pipeline.scheduler_config, 3, 1.0)
     want = np.array(known_variances(the_schedule))
     # The mean of 16 unbiased variances of 33 normals has relative deviation sqrt(2 / 32 / 16) = 6 %; five of them.
     np.testing.assert_allclose(table["branch_variance"]["mean"], want, rtol=0.31)
@@ -89,34 +89,11 @@ def test_branch_variance_and_x0_change_of_a_known_policy(folder, monkeypatch, no
 
 
 def trajectories(config, model, the_schedule, ids):
-    policy = Policy(the_schedule, config.sample.guidance_scale).bind(model.network, model.frozen)
+    policy = Policy(the_schedule, model.network, config.sample.guidance_scale)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(config.seed), i))(ids)
     context, uncond = np.zeros((len(ids), 24, 16), np.float32), np.zeros((24, 16), np.float32)
-    path = sampler.sample(policy, model.params, keys, context, uncond, model.pipeline.latent_shape)
+    path = sampler.sample(policy, model.params, model.frozen, keys, context, uncond, model.pipeline.latent_shape)
     return np.asarray(path.latents)
-
-
-def test_a_continuation_is_the_rest_of_a_trajectory(folder):
-    """With the real network and the trajectory's own noise, from any step, on one and on several devices."""
-    config = tiny_config(folder)
-    model = load_model(config)
-    programs = measure.Programs(config, model)
-    ids = np.arange(8, dtype=np.int32)
-    context = model.pipeline.embed(["a red circle", "a striped blue square"] * 4)
-    paths = np.asarray(programs.trajectories(0, context, ids))
-    assert paths.shape == (8, 4, 8, 8, 4)
-    for start in range(4):
-        got = np.asarray(programs.continuations(start, context, paths[:, start], ids))
-        np.testing.assert_allclose(got, paths[:, 3], rtol=2e-4, atol=2e-4)
-    other = np.asarray(programs.continuations(2, context, paths[:, 2], ids + 8))
-    assert np.abs(other - paths[:, 3]).max() > 0.01  # fresh noise parts from it
-
-    the_schedule = programs.schedule
-    policy = Policy(the_schedule, config.sample.guidance_scale).bind(model.network, model.frozen)
-    uncond = model.pipeline.embed([""])[0]
-    output = policy.model_output(model.params, paths[:, 1], the_schedule.timesteps[np.full(8, 1)], context, uncond)
-    want, _ = ddim.predictions(the_schedule, output, paths[:, 1], the_schedule.alpha[np.full(8, 1)])
-    np.testing.assert_allclose(np.asarray(programs.predictions(1, context, paths[:, 1])), want, rtol=2e-4, atol=2e-4)
 
 
 # ---- the command ----

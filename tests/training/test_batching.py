@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ddpo_jax.training import batching
-from ddpo_jax.types import Samples, Traits
+from ddpo_jax.types import ScoredSamples, Traits
 
 T = 4
 SEPARABLE = Traits(terms=frozenset({"log_prob"}))
@@ -17,7 +17,7 @@ def samples(n, k=2):
     """n samples whose every array tells which sample (and step) it is; a prompt is drawn by every third group."""
     number = np.arange(n, dtype=np.float32)
     groups = np.arange(n) // k
-    return Samples(
+    return ScoredSamples(
         latents=number[:, None, None, None, None] + np.zeros((1, T + 1, 2, 2, 4), np.float32),
         log_prob=number[:, None] + np.arange(T, dtype=np.float32) / 10,
         weights=number[:, None] * 10 + np.arange(T, dtype=np.float32) + 1,
@@ -121,14 +121,14 @@ def test_steps_left_out_of_a_sample_stay_out():
     """Branching: the steps that the samples of a prompt share are masked."""
     chosen = samples(8)
     mask = np.tile(np.array([0, 0, 1, 1], np.float32), (8, 1))
-    chosen = Samples(**{**vars(chosen), "mask": mask})
+    chosen = ScoredSamples(**{**vars(chosen), "mask": mask})
     for batch in batches(chosen=chosen):
         np.testing.assert_array_equal(batch.mask, batch.steps >= 2)
 
 
 def test_importance_sampling_draws_steps_by_weight_and_does_not_weigh_them_again():
     n, weights = 4000, np.array([0.2, 1.8, 2.0, 0.0], np.float32)  # mean 1
-    chosen = Samples(**{**vars(samples(n)), "weights": np.tile(weights, (n, 1))})
+    chosen = ScoredSamples(**{**vars(samples(n)), "weights": np.tile(weights, (n, 1))})
     found = batches(chosen=chosen, size=1000, timestep_fraction=0.5, step_sampling="importance")
     drawn = np.concatenate([batch.steps for batch in found])
     assert drawn.shape == (n, 2) and all((batch.step_weight == 1).all() for batch in found)

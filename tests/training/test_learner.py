@@ -41,7 +41,7 @@ def minibatch(num_steps=T, trained=S):
     context, uncond = toy.contexts(N)
     keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(2)))(jnp.arange(N))
     policy = toy.policy(num_steps)
-    drawn = jax.jit(lambda *x: sampler.sample(policy, OLD, *x, toy.SHAPE))(keys, context, uncond)
+    drawn = jax.jit(lambda *x: sampler.sample(policy, OLD, toy.FROZEN, *x, toy.SHAPE))(keys, context, uncond)
     steps = np.stack([rng.permutation(num_steps)[:trained] for _ in range(N)]).astype(np.int32)
     mask = (rng.random((N, trained)) < 0.8).astype(np.float32)
     return Minibatch(
@@ -55,7 +55,6 @@ def minibatch(num_steps=T, trained=S):
         step_weight=rng.uniform(0.2, 2, (N, trained)).astype(np.float32),
         mask=mask,
         seeds=rng.integers(2**31, size=N).astype(np.int32),
-        values=None,
     )
 
 
@@ -78,10 +77,8 @@ class Run:
 
     def __init__(self, traits=SEPARABLE, mesh="1", microbatch=2, tx=RECORDER, num_steps=T, chosen=None, **options):
         self.mesh = sharding.make_mesh(*MESHES[mesh])
-        policy = dataclasses.replace(toy.policy(num_steps), network=None)
-        self.learner = Learner(
-            policy, toy.network, chosen or objective(traits), tx, self.mesh, microbatch_size=microbatch, **options
-        )
+        policy, chosen = toy.policy(num_steps), chosen or objective(traits)
+        self.learner = Learner(policy, chosen, tx, self.mesh, microbatch_size=microbatch, **options)
         self.state = self.learner.init({name: jnp.asarray(x) for name, x in PARAMS.items()})
         self.rest = [
             sharding.put_params(jax.tree.map(jnp.asarray, tree), self.mesh) for tree in (REFERENCE, toy.FROZEN)
@@ -121,7 +118,7 @@ def torch_network(params, latents, timesteps, context):
 
 def torch_terms(params, batch):
     """log_prob, ref_log_prob, kl, noise_mse [N, S] by the formulas of Song et al. 2021, all pairs at once, float64."""
-    schedule = toy.policy(T).schedule
+    schedule = toy.policy(T).transition
     count = batch.steps.shape[1]
     rows, steps = np.repeat(np.arange(N), count), batch.steps.reshape(-1)
     latents, after = double(batch.latents[rows, steps]), double(batch.latents[rows, steps + 1])

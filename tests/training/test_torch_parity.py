@@ -4,6 +4,7 @@ Both start from one diffusers folder whose UNet PyTorch made, and get the same t
 embeddings and rewards. PyTorch computes in float64, so that what differs is our rounding.
 """
 
+import functools
 import json
 
 import jax
@@ -18,7 +19,8 @@ from ddpo_jax.algorithms import ddpo
 from ddpo_jax.ops.advantages import PromptStats
 from ddpo_jax.training import batching
 from ddpo_jax.training.build import build
-from ddpo_jax.types import Batch, Samples, StepTerms
+from ddpo_jax.training.learner import Learner, Objective, make_optimizer
+from ddpo_jax.types import Batch, ScoredSamples, StepTerms
 
 torch = pytest.importorskip("torch", reason="the other implementation is in PyTorch")
 diffusers = pytest.importorskip("diffusers", reason="the other implementation is of diffusers' UNet")
@@ -140,8 +142,11 @@ def test_two_updates_equal_pytorch(folder):
             "train.microbatch_size": 2,
         },
     )
-    parts, theirs = build(ready), Theirs(folder)
-    parts.learner._tx = optax.chain(record(), parts.learner._tx)
+    parts, theirs, options = build(ready), Theirs(folder), ready.config.train
+    loss = functools.partial(ddpo.loss, config=ready.config.algorithm)
+    tx = optax.chain(record(), make_optimizer(options))
+    objective = Objective(parts.traits, loss, options.clip_range)
+    parts.learner = Learner(parts.sampler.policy, objective, tx, parts.mesh, options.microbatch_size)
     state = parts.init()
 
     rng = np.random.default_rng(0)
@@ -154,7 +159,7 @@ def test_two_updates_equal_pytorch(folder):
     their_advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)  # too few per prompt: of the whole batch
 
     prompt_ids = np.arange(N) % len(PROMPTS)
-    samples = Samples(
+    samples = ScoredSamples(
         latents=latents.permute(0, 1, 3, 4, 2).float().numpy(),
         log_prob=log_prob.float().numpy(),
         weights=np.ones((N, T), np.float32),

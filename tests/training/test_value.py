@@ -53,7 +53,6 @@ def make_batch(n, seed=0, columns=T, masked=0):
         step_weight=np.ones((n, columns), f32),
         mask=mask,
         seeds=np.zeros(n, np.int32),
-        values=None,
     )
 
 
