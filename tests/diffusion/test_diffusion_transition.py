@@ -1,4 +1,4 @@
-"""Which noise process a diffusers folder asks for, and that another one needs no change of policy, sampler or learner."""
+"""Which noise process a diffusers folder asks for; another one needs no change of policy, sampler or learner."""
 
 import dataclasses
 import functools

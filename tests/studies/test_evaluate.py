@@ -10,7 +10,7 @@ import tiny
 from PIL import Image
 
 from ddpo_jax.commands import _cli as cli
-from ddpo_jax.commands import evaluate as command
+from ddpo_jax.commands import evaluate as command_line
 from ddpo_jax.config import choose
 from ddpo_jax.diffusion import ddim, sampler
 from ddpo_jax.diffusion.policy import Policy
@@ -46,7 +46,7 @@ def command(run, monkeypatch, tmp_path):
 
     def call(*flags, out="out"):
         words = ["--workdir=w", "--prompts=training", "--rewards=own", f"--out={tmp_path / out}", *flags]
-        code = cli.run(command.main, words)
+        code = cli.run(command_line.main, words)
         path = tmp_path / out / "evaluation.json"
         return code, json.loads(path.read_text()) if path.is_file() else None
 
