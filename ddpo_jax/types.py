@@ -21,10 +21,10 @@ TERMS = ("log_prob", "ref_log_prob", "kl", "noise_mse", "denoise_mse", "value")
 
 @struct.dataclass
 class Trajectory:
-    """A denoising trajectory of every sample: on the device as the sampler returns it, later on the host."""
+    """A denoising trajectory of every sample, as the sampler returns it."""
 
-    latents: Float[AnyArray, "N T1 h w c"]  # T1 = T + 1; latents[:, 0] is the initial noise, latents[:, T] is decoded
-    log_prob: Float[AnyArray, "N T"]  # of latents[:, t + 1] given latents[:, t], under the policy that sampled it
+    latents: Float[Array, "N T1 h w c"]  # T1 = T + 1; latents[:, 0] is the initial noise, latents[:, T] is decoded
+    log_prob: Float[Array, "N T"]  # of latents[:, t + 1] given latents[:, t], under the policy that sampled it
 
 
 @struct.dataclass

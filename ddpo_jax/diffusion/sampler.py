@@ -94,9 +94,8 @@ def _denoise(
     def skip(latents: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
         return latents, (latents, jnp.zeros(latents.shape[0]))
 
-    def resumed(latents: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
-        return jax.lax.cond(index < start, skip, denoise, latents, index)
+    def body(latents: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
+        return denoise(latents, index) if start is None else jax.lax.cond(index < start, skip, denoise, latents, index)
 
-    body = denoise if start is None else resumed
     final, (path, log_prob) = jax.lax.scan(body, latents, jnp.arange(policy.transition.num_steps))
     return final, path, log_prob

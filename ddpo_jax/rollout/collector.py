@@ -49,7 +49,8 @@ class Plan:
 class Rollout:
     """One epoch's samples and their rewards, on the host."""
 
-    trajectories: Trajectory
+    latents: Float[np.ndarray, "N T1 h w c"]  # latents[:, 0] is the initial noise, latents[:, T] is decoded
+    log_prob: Float[np.ndarray, "N T"]  # of latents[:, t + 1] given latents[:, t], under the policy that sampled it
     weights: Float[np.ndarray, "N T"]  # timestep weights, up to a factor for each trajectory
     branch_step: int  # the samples of a prompt share the steps before this one
     prompts: list[str]
@@ -110,7 +111,8 @@ class Collector:
         part_names = dict.fromkeys(name for _, parts in scores for name in parts)
         nothing = np.full(plan.batch_size, np.nan, np.float32)
         return Rollout(
-            trajectories=trajectories,
+            latents=trajectories.latents,
+            log_prob=trajectories.log_prob,
             weights=weights,
             branch_step=branch_step,
             prompts=prompts,

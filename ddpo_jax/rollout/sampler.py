@@ -92,8 +92,8 @@ class ImageSampler:
           branch_step: see ``root_ids``.
         """
         roots = ids if root_ids is None else root_ids
-        context, *numbers = self._put(self.codec.embed(prompts), ids.astype(np.int32), roots.astype(np.int32))
-        return self.program(params, self.frozen, self.uncond, context, key, *numbers, np.int32(branch_step))
+        context, *samples = self._put(self.codec.embed(prompts), ids.astype(np.int32), roots.astype(np.int32))
+        return self.program(params, self.frozen, self.uncond, context, key, *samples, np.int32(branch_step))
 
     def images(
         self, params: Params, prompts: Sequence[str], ids: Int[np.ndarray, " N"], key: Array, batch_size: int
@@ -106,9 +106,9 @@ class ImageSampler:
         size = math.ceil(batch_size / self.mesh.size) * self.mesh.size
         found = []
         for start in range(0, len(prompts), size):
-            there = np.arange(start, min(start + size, len(prompts)))
+            there = range(start, min(start + size, len(prompts)))
             rows = np.resize(there, size)
-            trajectory, _ = self.trajectories(params, [prompts[row] for row in rows], ids[rows], key)
+            trajectory, _ = self.trajectories(params, [prompts[int(row)] for row in rows], ids[rows], key)
             found.append(np.asarray(self.decode(trajectory.latents[:, -1]))[: len(there)])
         return np.concatenate(found)
 

@@ -78,8 +78,8 @@ def assign(parts: Parts, config: ConfigDict, stats: PromptStats, rollout: Rollou
         advantages = np.clip(advantages, -config.train.adv_clip_max, config.train.adv_clip_max)
     trained = parts.trained_steps & (np.arange(config.sample.num_steps) >= rollout.branch_step)
     return ScoredSamples(
-        latents=rollout.trajectories.latents,
-        log_prob=rollout.trajectories.log_prob,
+        latents=rollout.latents,
+        log_prob=rollout.log_prob,
         weights=steps.normalise(rollout.weights, trained),
         mask=np.tile(trained.astype(np.float32), (len(rollout.prompts), 1)),
         context=rollout.context,

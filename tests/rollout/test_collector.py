@@ -97,15 +97,15 @@ def drawn(made):
 
 
 def test_everything_belongs_to_the_same_sample(drawn):
-    latents, names = drawn.trajectories.latents, drawn.prompts
+    latents, names = drawn.latents, drawn.prompts
     assert len(latents) == len(names) == len(drawn.images) == 16
     assert names[::2] == names[1::2] and len(set(names)) == 8  # K samples in a row share a prompt
     np.testing.assert_array_equal(drawn.context, embed(names))
     np.testing.assert_array_equal(drawn.images, decode(latents[:, -1]))
     expected = drawn.images.mean((1, 2, 3)) + np.array([len(name) for name in names])
     np.testing.assert_allclose(drawn.rewards, expected, rtol=1e-6)
-    assert latents.shape == (16, T + 1, *toy.SHAPE) and drawn.trajectories.log_prob.shape == (16, T)
-    for field in (latents, drawn.trajectories.log_prob, drawn.weights, drawn.rewards):
+    assert latents.shape == (16, T + 1, *toy.SHAPE) and drawn.log_prob.shape == (16, T)
+    for field in (latents, drawn.log_prob, drawn.weights, drawn.rewards):
         assert isinstance(field, np.ndarray) and field.dtype == np.float32
     same = np.array(names)[:, None] == np.array(names)
     np.testing.assert_array_equal(drawn.prompt_ids[:, None] == drawn.prompt_ids, same)
@@ -121,10 +121,10 @@ def test_groups_are_draws_of_a_prompt_and_differ_between_epochs(made, drawn):
 def test_an_epoch_follows_from_its_number(made, drawn):
     again, later = collect(made), collect(made, epoch=1)
     assert again.prompts == drawn.prompts and later.prompts != drawn.prompts
-    np.testing.assert_array_equal(again.trajectories.latents, drawn.trajectories.latents)
+    np.testing.assert_array_equal(again.latents, drawn.latents)
     np.testing.assert_array_equal(again.rewards, drawn.rewards)
-    assert np.abs(later.trajectories.latents[:, 0] - drawn.trajectories.latents[:, 0]).mean() > 0.5
-    noise = drawn.trajectories.latents[:, 0].reshape(16, -1)
+    assert np.abs(later.latents[:, 0] - drawn.latents[:, 0]).mean() > 0.5
+    noise = drawn.latents[:, 0].reshape(16, -1)
     assert len(np.unique(noise[:, 0])) == 16  # no two samples start alike, of the same prompt or batch
 
 
@@ -132,35 +132,33 @@ def test_an_epoch_follows_from_its_number(made, drawn):
 def test_eight_devices_draw_what_one_draws(drawn, mesh):
     other = collect(collector(mesh))
     assert other.prompts == drawn.prompts
-    np.testing.assert_array_equal(other.trajectories.latents[:, 0], drawn.trajectories.latents[:, 0])
-    for name in ("latents", "log_prob"):
-        found, expected = getattr(other.trajectories, name), getattr(drawn.trajectories, name)
-        np.testing.assert_allclose(found, expected, atol=2e-5, rtol=1e-4)
-    np.testing.assert_allclose(other.weights, drawn.weights, atol=2e-5, rtol=1e-4)
+    np.testing.assert_array_equal(other.latents[:, 0], drawn.latents[:, 0])
+    for name in ("latents", "log_prob", "weights"):
+        np.testing.assert_allclose(getattr(other, name), getattr(drawn, name), atol=2e-5, rtol=1e-4)
     assert np.abs(other.images.astype(int) - drawn.images).max() <= 1  # rounding
 
 
 def test_the_size_of_a_sampling_batch_does_not_matter(drawn):
     whole = collect(collector(batch_size=16, num_batches=1))
     assert whole.prompts == drawn.prompts
-    np.testing.assert_array_equal(whole.trajectories.latents[:, 0], drawn.trajectories.latents[:, 0])
-    np.testing.assert_allclose(whole.trajectories.latents, drawn.trajectories.latents, atol=2e-5)
+    np.testing.assert_array_equal(whole.latents[:, 0], drawn.latents[:, 0])
+    np.testing.assert_allclose(whole.latents, drawn.latents, atol=2e-5)
     np.testing.assert_allclose(whole.rewards, drawn.rewards, atol=0.5)  # of pixels that round
 
 
 def test_weights_are_those_of_each_trajectory(drawn):
-    np.testing.assert_allclose(drawn.weights, squares(drawn.trajectories.latents, None), rtol=1e-5)
+    np.testing.assert_allclose(drawn.weights, squares(drawn.latents, None), rtol=1e-5)
     assert drawn.branch_step == 0
 
 
 def test_a_step_without_density_is_sampled():
-    found = collect(collector(num_batches=1, policy=toy.policy(T, set_alpha_to_one=True))).trajectories
+    found = collect(collector(num_batches=1, policy=toy.policy(T, set_alpha_to_one=True)))
     assert np.isfinite(found.log_prob).all() and np.isfinite(found.latents).all()
 
 
 def test_branches_share_the_first_steps(made):
     found = collect(made, branch_step=2)
-    pairs = found.trajectories.latents.reshape(8, K, T + 1, -1)
+    pairs = found.latents.reshape(8, K, T + 1, -1)
     np.testing.assert_array_equal(pairs[:, 0, :3], pairs[:, 1, :3])
     assert (np.abs(pairs[:, 0, 3:] - pairs[:, 1, 3:]).mean(2) > 0.01).all()
     assert len(np.unique(pairs[:, 0, 0, 0])) == 8
@@ -168,7 +166,7 @@ def test_branches_share_the_first_steps(made):
 
 
 def test_shared_noise_is_the_initial_noise_alone():
-    pairs = collect(collector(shared_noise=True)).trajectories.latents.reshape(8, K, T + 1, -1)
+    pairs = collect(collector(shared_noise=True)).latents.reshape(8, K, T + 1, -1)
     np.testing.assert_array_equal(pairs[:, 0, 0], pairs[:, 1, 0])
     assert (np.abs(pairs[:, 0, 1:] - pairs[:, 1, 1:]).mean(2) > 0.01).all()
 
@@ -190,7 +188,7 @@ def test_a_failed_reward_leaves_nothing_behind(drawn):
     reward.fault = True
     with pytest.raises(RewardError, match="OSError: no"):
         collect(made)
-    np.testing.assert_array_equal(collect(made).trajectories.latents, drawn.trajectories.latents)
+    np.testing.assert_array_equal(collect(made).latents, drawn.latents)
 
 
 def test_one_program_for_all_epochs_and_branch_steps_and_the_fixed_images():
@@ -218,7 +216,7 @@ def test_fixed_images_change_with_the_policy_alone():
     assert len(made.fixed(PARAMS, 99)[0]) == 8  # at most a batch
     assert len(reward.calls) == 2
     alone = collect(collector(shared_noise=True), epoch=1)
-    np.testing.assert_array_equal(before.trajectories.latents, alone.trajectories.latents)
+    np.testing.assert_array_equal(before.latents, alone.latents)
 
 
 def test_prompt_ids_are_63_bit_names():
@@ -230,9 +228,6 @@ def test_prompt_ids_are_63_bit_names():
 def test_network_options_reach_the_sampler():
     """The guidance scale is the policy's: another one, another trajectory from the same noise."""
     policy = functools.partial(toy.policy, T)
-    few, many = (
-        collect(collector(num_batches=1, policy=policy(guidance_scale=scale))).trajectories.latents
-        for scale in (1.0, 8.0)
-    )
+    few, many = (collect(collector(num_batches=1, policy=policy(guidance_scale=scale))).latents for scale in (1.0, 8.0))
     np.testing.assert_array_equal(few[:, 0], many[:, 0])
     assert np.abs(few[:, -1] - many[:, -1]).mean() > 0.01

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from ddpo_jax.rollout.collector import Rollout
 from ddpo_jax.training import epoch
-from ddpo_jax.types import Traits, Trajectory
+from ddpo_jax.types import Traits
 
 N, T = 4, 4
 REWARDS = np.float32([1, 2, 3, 10])
@@ -19,10 +19,8 @@ CONFIG = ConfigDict({"train": {"adv_clip_max": 2.0}, "sample": {"num_steps": T},
 def rollout(branch_step=0):
     mark = np.arange(N, dtype=np.float32)
     return Rollout(
-        trajectories=Trajectory(
-            latents=np.zeros((N, T + 1, 2, 2, 1), np.float32) + mark[:, None, None, None, None],
-            log_prob=np.zeros((N, T), np.float32) + mark[:, None],
-        ),
+        latents=np.zeros((N, T + 1, 2, 2, 1), np.float32) + mark[:, None, None, None, None],
+        log_prob=np.zeros((N, T), np.float32) + mark[:, None],
         weights=WEIGHTS,
         branch_step=branch_step,
         prompts=["a", "a", "b", "b"],
@@ -64,9 +62,7 @@ def test_advantages_are_the_algorithms_and_clipped_where_they_are_standardized()
 
 def test_what_was_sampled_stays_as_it_is():
     given, found = rollout(), epoch.assign(parts(), CONFIG, None, rollout())
-    for name in ("latents", "log_prob"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(given.trajectories, name))
-    for name in ("context", "prompt_ids", "group_ids", "rewards"):
+    for name in ("latents", "log_prob", "context", "prompt_ids", "group_ids", "rewards"):
         np.testing.assert_array_equal(getattr(found, name), getattr(given, name))
 
 
