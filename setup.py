@@ -42,8 +42,8 @@ setup(
         # 100 000+ prompts from an array_record data set. tensorflow-datasets forgets to declare importlib_resources.
         "data": ["tensorflow-datasets>=4.9.9", "importlib_resources", "grain>=0.2.18"],
         # torch, diffusers, transformers and peft are the parity oracles; nothing in the package imports them.
-        # Install torch on its own first; launch/test.sh does, and installs open_clip_torch, trl and rliable without their
-        # own requirements, which would replace the CPU build of torch.
+        # Install torch on its own first; launch/test.sh does, and installs open_clip_torch, trl and rliable without
+        # their own requirements, which would replace the CPU build of torch.
         "test": [
             "chex>=0.1.90",
             "diffusers>=0.40",

@@ -104,6 +104,9 @@ KEYS = (
     Key("checkpoint.keep", 2, "latest checkpoints kept; the best by reward is kept as well"),
     Key("log.images_every", 1, "epochs between image grids; 0 = none"),
     Key("log.num_images", 16, "images in a grid"),
+    Key("log.evaluate_every", 0, "epochs between evaluations on prompts and noise that all runs share; 0 = none"),
+    Key("log.evaluate_images", 128, "images of an evaluation, 4 of each prompt; they are no reward queries"),
+    Key("log.evaluate_also", (), "names of further rewards that score them and are not trained on"),
 )
 # fmt: on
 BY_NAME = {key.name: key for key in KEYS}

@@ -8,6 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ddpo_jax import find
 from ddpo_jax.config.defaults import (
     FAMILIES,
     KEYS,
@@ -115,6 +116,20 @@ def _fill_member_options(config: ConfigDict, members: Members, mini: bool) -> No
         for option, values in getattr(getattr(members, family), "AUTO", {}).items():
             if section[option] == "auto":
                 section[option] = _pick(ByModel(*values), mini)
+
+
+def other_reward(config: ConfigDict, name: str) -> tuple[ConfigDict, Any]:
+    """The ``reward`` section and the member of a reward that is not the run's, with its defaults for the run's model.
+
+    Raises:
+      InputError: there is no such reward.
+    """
+    chosen = default_config()
+    choose(chosen, "reward", name)
+    member = find.find(FAMILIES["reward"], name)
+    for option, values in getattr(member, "AUTO", {}).items():
+        chosen.reward[option] = _pick(ByModel(*values), is_miniature(config.model))
+    return chosen.reward, member
 
 
 def _train_batch_size(config: ConfigDict, traits: Traits, updates: int) -> int:

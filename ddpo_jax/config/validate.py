@@ -77,6 +77,8 @@ RULES: dict[str, Rule] = {
     "checkpoint.every": _at_least(1),
     "checkpoint.keep": _at_least(1),
     "log.images_every": _at_least(0, "use 0 for no images"),
+    "log.evaluate_every": _at_least(0, "use 0 for no evaluation"),
+    "log.evaluate_images": (lambda value: 4 <= value <= 2**20, "it must be from 4 to 1048576", "use 128"),
     "log.num_images": _at_least(1, "use 16, or log.images_every=0 for no images"),
 }
 

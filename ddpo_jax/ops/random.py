@@ -24,6 +24,7 @@ class Stream(enum.IntEnum):
     SHUFFLE = 1  # the order of the samples and what else an epoch's updates draw
     FIXED_PROMPTS = 2  # the prompts whose images show a run's progress
     MEASURED_PROMPTS = 2  # the prompts of a measurement, which has no run beside it
+    EVALUATION = 3  # the prompts on which every run is evaluated
 
 
 def generator(seed: int, epoch: int, stream: Stream) -> np.random.Generator:

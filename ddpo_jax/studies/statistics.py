@@ -1,8 +1,8 @@
 """What a few seeds can tell: interquartile means, stratified bootstrap intervals, the probability of improvement.
 
-Follows Agarwal et al. 2021, arXiv:2108.13264. Scores come as one array of seeds for each panel (a reward, a category), so
-panels may have different numbers of seeds. A bootstrap resamples the seeds of each panel on their own (stratified), because
-panels are chosen and seeds are drawn.
+Follows Agarwal et al. 2021, arXiv:2108.13264. Scores come as one array of seeds for each panel (a reward, a category),
+so panels may have different numbers of seeds. A bootstrap resamples the seeds of each panel on their own (stratified),
+because panels are chosen and seeds are drawn.
 """
 
 from __future__ import annotations

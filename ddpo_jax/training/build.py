@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from ddpo_jax import sharding
 from ddpo_jax.config.model import scheduler_config
 from ddpo_jax.config.ready import Ready
+from ddpo_jax.config.resolve import other_reward
 from ddpo_jax.diffusion import transition
 from ddpo_jax.diffusion.policy import NetworkFn, Policy
 from ddpo_jax.models import lora, pipeline
@@ -28,6 +29,7 @@ from ddpo_jax.replay.buffer import Buffer
 from ddpo_jax.rollout.collector import Collector, Plan
 from ddpo_jax.rollout.sampler import ImageSampler, Weighting
 from ddpo_jax.rollout.scoring import RewardRunner, make_reward
+from ddpo_jax.training.evaluation import Evaluation
 from ddpo_jax.training.learner import Learner, Objective, TrainState, make_optimizer
 from ddpo_jax.training.value import ValueLearner
 from ddpo_jax.types import Params, Traits
@@ -59,6 +61,7 @@ class Parts:
     mesh: Mesh
     uncond: jax.Array
     value: ValueLearner | None  # where the algorithm has a value network
+    evaluation: Evaluation | None  # where ``log.evaluate_every`` asks for it
 
     def init(self) -> TrainState:
         """The state before the first update; call it once.
@@ -169,7 +172,15 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     replay = Buffer(members.replay, config.replay, whole_groups=traits.group, num_devices=mesh.size)
     needs_reference = bool(traits.terms & {"ref_log_prob", "kl", "noise_mse"})
     model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh)
-    return Parts(algorithm, traits, model, learner, sampler, collector, replay, runner, mesh, sampler.uncond, value)
+    evaluation = None
+    if config.log.evaluate_every:
+        others = {name: make_reward(*other_reward(config, name)) for name in config.log.evaluate_also}
+        rewards = {"reward": reward} | others
+        evaluation = Evaluation(sampler, prompt_fn, rewards, config.log.evaluate_images, config.sample.batch_size)
+    return Parts(
+        *(algorithm, traits, model, learner, sampler, collector, replay, runner, mesh, sampler.uncond, value),
+        evaluation,
+    )
 
 
 def make_sampler(model: Model, config: ConfigDict, mesh: Mesh, weighting: Weighting | None = None) -> ImageSampler:

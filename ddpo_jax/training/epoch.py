@@ -31,10 +31,12 @@ class Updates:
     Attributes:
       metrics: of every update, in order, by name.
       replayed: how many samples of earlier epochs were trained on.
+      pairs: how many (sample, step) pairs were trained, over all updates.
     """
 
     metrics: list[dict[str, np.ndarray]]
     replayed: int
+    pairs: int
 
 
 def refresh(state: TrainState, traits: Traits, epoch: int) -> tuple[TrainState, Params]:
@@ -100,8 +102,10 @@ def optimise(
     """
     rng, options = random.generator(config.seed, epoch, Stream.SHUFFLE), config.train
     log: list[dict[str, jax.Array]] = []
+    pairs = 0
 
     def train_on(state: TrainState, samples: ScoredSamples, batch_size: int) -> TrainState:
+        nonlocal pairs
         for batch in batching.minibatches(
             rng,
             samples,
@@ -111,6 +115,7 @@ def optimise(
             timestep_fraction=options.timestep_fraction,
             step_sampling=options.step_sampling,
         ):
+            pairs += int(np.count_nonzero(batch.mask))
             batch = sharding.put_batch(batch, parts.mesh)
             state, batch, fitted = fit_value(parts, state, batch)
             state, out = parts.learner.update(state, parts.model.reference, parts.model.frozen, parts.uncond, batch)
@@ -134,7 +139,7 @@ def optimise(
             f"epoch {epoch}: the loss or its gradient is not finite; the epochs before it are saved. "
             "The same command would get here again: lower train.learning_rate and use another --workdir"
         )
-    return state, Updates(metrics, 0 if replayed is None else len(replayed))
+    return state, Updates(metrics, 0 if replayed is None else len(replayed), pairs)
 
 
 def report(parts: Parts, rollout: Rollout, samples: ScoredSamples, updates: Updates) -> dict[str, Any]:
@@ -147,6 +152,8 @@ def report(parts: Parts, rollout: Rollout, samples: ScoredSamples, updates: Upda
     row |= {f"reward/{name}": nan_mean(part) for name, part in rollout.parts.items()}
     row |= {"sample/distinct_prompts": len(set(rollout.prompts))}
     row |= {"train/advantage_abs": float(np.abs(samples.advantages).mean())}
+    # A pair costs a forward and a backward pass, about three times the forward pass of a step of a rollout.
+    row |= {"compute/denoiser_calls": samples.log_prob.size + 3 * updates.pairs}
     row |= {"replay/samples": updates.replayed, "replay/bytes": parts.replay.nbytes}
     return row | {"time/rollout_s": rollout.rollout_s, "time/reward_s": rollout.reward_s}
 
