@@ -84,9 +84,7 @@ def test_a_reward_that_rises_while_another_falls_is_said(caplog):
     shift = np.array([1.0, 1.1, 0.9, 1.0, 1.2, 1.0, 1.1, 0.9], np.float32)
     now = {"reward": untrained["reward"] + shift, "clip_score": untrained["clip_score"] - shift}
     line = one.warn(now | {"diversity": untrained["diversity"]}, untrained)
-    assert line.startswith("the reward rises (+1.02") and "clip_score -1.02" in line and "diversity" not in line
-    assert (
-        one.warn(now | {"clip_score": untrained["clip_score"] + shift, "diversity": untrained["diversity"]}, untrained)
-        == ""
-    )
+    assert line.startswith("the reward rises (+1.0") and "clip_score -1.0" in line and "diversity" not in line
+    now["clip_score"] = untrained["clip_score"] + shift
+    assert one.warn(now | {"diversity": untrained["diversity"]}, untrained) == ""
     assert one.warn(untrained | {"clip_score": untrained["clip_score"] - shift}, untrained) == ""  # nothing rises
