@@ -5,6 +5,12 @@ reward queries after which it first reaches the final reward of the baseline, an
 baseline itself needs. The baseline is --baseline, or the plainest group: the one with the fewest settings that differ
 from the defaults.
 
+Where the runs were evaluated in training (log.evaluate_every), the evaluations are compared: they are of the same
+prompts and noise, so nothing is smoothed, every curve starts at the untrained model, and gains over it are told as
+well: the interquartile mean over seeds of the gain, the same in units of the baseline's, the probability that a run
+beats one of the baseline, each with its 95 % bootstrap interval, and the speed-up counted in calls of the denoiser,
+since replay buys queries with computation.
+
 Curves are smoothed by a running average over the last queries: 500 where the shortest run has 4000 or more (as in
 "Selective Timestep Weighting", Fig. 7), an eighth of the shortest run where it has fewer, or --smooth. The final reward
 is the last point of the smoothed curve. Shaded: one standard deviation over seeds.
@@ -26,12 +32,14 @@ from ddpo_jax.config import default_config
 from ddpo_jax.config.defaults import FAMILIES
 from ddpo_jax.config.keys import flatten, from_json
 from ddpo_jax.errors import InputError
-from ddpo_jax.studies import curves
+from ddpo_jax.studies import curves, statistics
 from ddpo_jax.studies.curves import Curve
 from ddpo_jax.workdir import metrics
 
 IGNORED = re.compile(r"seed|num_epochs|log\..*|checkpoint\..*|train\.(microbatch_size|remat)|mesh\..*|frozen_on_host")
 TIMES = ("time/rollout_s", "time/reward_s", "time/update_s")
+EVALUATED = "eval/reward/mean"  # what is compared where every run has it
+CALLS = "compute/denoiser_calls"
 POINTS = 60  # of a curve in compare.json
 PLAINEST = {**dict.fromkeys(("weighting", "replay"), ("uniform", "none")), "algorithm": ("ddpo",)}
 
@@ -140,32 +148,97 @@ def _settings(group: Group) -> int:
     return count
 
 
+def is_evaluation(metric: str) -> bool:
+    """Whether a metric is of the evaluations in training."""
+    return metric.startswith("eval/")
+
+
+def choose_metric(groups: Sequence[Group], wanted: str) -> str:
+    """``wanted``, or if it is empty the evaluations' where every run has at least one, else ``reward/mean``."""
+    if wanted:
+        return wanted
+    evaluated = all(any(_known(row, EVALUATED) for row in run.rows) for group in groups for run in group.runs)
+    return EVALUATED if evaluated else "reward/mean"
+
+
 def curves_of(groups: Sequence[Group], metric: str, smooth: float | None) -> float:
-    """Fills in the groups' smoothed curves; returns the window in reward queries.
+    """Fills in the groups' curves; returns the window over which they are smoothed, in reward queries.
 
     Raises:
       InputError: a run has no such metric.
     """
     faults = []
     for run in (run for group in groups for run in group.runs):
-        if not any(isinstance(row.get(metric), int | float) for row in run.rows):
+        if not any(_known(row, metric) for row in run.rows):
             near = find.nearest(metric, sorted({key for row in run.rows for key in row}))
             faults.append(f"--metric: received '{metric}'; {run.folder} has none; " + f"use {near or 'reward/mean'}")
     if faults:
         raise InputError("\n".join(faults))
     shortest = min(run.rows[-1]["reward_queries"] for group in groups for run in group.runs)
-    window = smooth if smooth is not None else 500.0 if shortest >= 4000 else shortest / 8
+    usual = 0.0 if is_evaluation(metric) else 500.0 if shortest >= 4000 else shortest / 8
+    window = usual if smooth is None else smooth
     for group in groups:
         group.curves = [_curve(run, metric, window) for run in group.runs]
     return window
 
 
+def _known(row: dict[str, Any], key: str) -> bool:
+    return isinstance(row.get(key), int | float)
+
+
 def _curve(run: Run, metric: str, window: float) -> Curve:
     wall = np.cumsum([sum(row.get(key) or 0.0 for key in TIMES) for row in run.rows])
-    known = [i for i, row in enumerate(run.rows) if isinstance(row.get(metric), int | float)]
+    calls = np.cumsum([float(row[CALLS]) if _known(row, CALLS) else np.nan for row in run.rows])
+    known = [i for i, row in enumerate(run.rows) if _known(row, metric)]
     queries = np.array([run.rows[i]["reward_queries"] for i in known], float)
     values = np.array([run.rows[i][metric] for i in known], float)
-    return Curve(queries, wall[known], curves.running_average(queries, values, window))
+    curve = Curve(queries, wall[known], curves.running_average(queries, values, window), calls[known])
+    difference = f"{metric.removesuffix('/mean')}/difference"
+    if is_evaluation(metric) and _known(first := run.rows[known[0]], difference):
+        return _from_untrained(curve, values[0] - first[difference])
+    return curve
+
+
+def _from_untrained(curve: Curve, value: float) -> Curve:
+    """The curve with the untrained model in front, which took no queries."""
+    started = [np.concatenate([[0.0], x]) for x in (curve.queries, curve.wall)]
+    calls = None if curve.calls is None else np.concatenate([[0.0], curve.calls])
+    return Curve(*started, np.concatenate([[value], curve.values]), calls)
+
+
+def gains(group: Group) -> np.ndarray:
+    """Final minus first value of each run [S]; with evaluations the first is the untrained model's."""
+    return np.array([curve.values[-1] - curve.values[0] for curve in group.curves])
+
+
+def improvement(base: Group, member: Group) -> dict[str, Any]:
+    """What is said of a group's gains against the baseline's, each as value and 95 % interval.
+
+    Returns:
+      ``gain``: the interquartile mean over seeds of the gain, in units of the metric; ``normalised_gain``: the same in
+      units of the baseline's; ``probability``: that a run gains more than one of the baseline; ``call_speed_up``: how
+      many times fewer calls of the denoiser it takes to the baseline's final value.
+    """
+    ours, theirs = [gains(member)], [gains(base)]
+
+    def ratio(a: statistics.Panels, b: statistics.Panels) -> float:
+        return statistics.interquartile_mean(a) / statistics.interquartile_mean(b)
+
+    estimates = {
+        "gain": statistics.bootstrap(statistics.interquartile_mean, ours),
+        "normalised_gain": statistics.bootstrap(ratio, ours, theirs),
+        "probability": statistics.bootstrap(statistics.probability_of_improvement, ours, theirs),
+    }
+    if base is member:  # against itself: by definition
+        estimates |= {"normalised_gain": statistics.Estimate(1.0, None), "probability": statistics.Estimate(0.5, None)}
+    found: dict[str, Any] = {name: {"value": e.value, "interval": e.interval} for name, e in estimates.items()}
+    by_calls = [[curve.by_calls() for curve in group.curves] for group in (base, member)]
+    if all(curve is not None for group in by_calls for curve in group):
+        theirs_by_calls, ours_by_calls = ([curve for curve in group if curve is not None] for group in by_calls)
+        same = theirs_by_calls if base is member else ours_by_calls
+        speed, interval = curves.speed_up(theirs_by_calls, same)
+        found["call_speed_up"] = {"value": speed, "interval": interval}
+    return found
 
 
 def table(result: dict[str, Any]) -> str:
@@ -189,19 +262,46 @@ def table(result: dict[str, Any]) -> str:
                 speed,
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    note = (
-        f"final: mean over seeds ± 95 % t-interval. Baseline's final reward {result['level']:.4g}. Smoothed over the "
-        f"last {result['smoothing_queries']:.4g} queries. [..]: 95 % bootstrap over seeds."
+    smoothed = (
+        f"Smoothed over the last {result['smoothing_queries']:.4g} queries. " if result["smoothing_queries"] else ""
     )
-    return "\n".join([*text, note])
+    note = (
+        f"final: mean over seeds ± 95 % t-interval. Baseline's final reward {result['level']:.4g}. {smoothed}"
+        "[..]: 95 % bootstrap over seeds."
+    )
+    return "\n".join([aligned(lines), note, *_gains_table(result)])
+
+
+def _gains_table(result: dict[str, Any]) -> list[str]:
+    """The table of gains over the untrained model, where the runs were evaluated."""
+    lines = [("", "gain (IQM)", "of the baseline's", "probability to beat it", "speed-up in denoiser calls")]
+    for entry in result["groups"]:
+        if "improvement" not in entry:
+            return []
+        told = entry["improvement"]
+        cells = [_cell(told[name]) for name in ("gain", "normalised_gain", "probability")]
+        lines.append((entry["label"], *cells, _cell(told["call_speed_up"]) if "call_speed_up" in told else "-"))
+    note = "IQM: interquartile mean over seeds, of the gain over the untrained model on the same prompts and noise."
+    return ["", aligned(lines), note]
+
+
+def _cell(estimate: dict[str, Any]) -> str:
+    if estimate["value"] is None:
+        return "-"
+    interval = estimate["interval"]
+    return f"{estimate['value']:.3g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as text, every column as wide as its widest cell."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def compare(
     folders: Sequence[str],
     out: pathlib.Path,
-    metric: str = "reward/mean",
+    metric: str = "",
     baseline: str = "",
     smooth: float | None = None,
     title: str = "",
@@ -211,7 +311,7 @@ def compare(
     Args:
       folders: of runs.
       out: folder, made if missing.
-      metric: of metrics.jsonl.
+      metric: of metrics.jsonl; empty is ``choose_metric``'s.
       baseline: see ``choose_baseline``.
       smooth: window of the running average in reward queries; None as the module says.
       title: over the plots.
@@ -221,6 +321,7 @@ def compare(
     """
     groups = group(read_runs(folders))
     base = choose_baseline(groups, baseline)
+    metric = choose_metric(groups, metric)
     window = curves_of(groups, metric, smooth)
     level = float(curves.average(base.curves).mean[-1])
     entries = []
@@ -230,8 +331,10 @@ def compare(
         speed, speed_interval = curves.speed_up(base.curves, member.curves)
         average = curves.average(member.curves)
         points = np.unique(np.linspace(0, len(average.queries) - 1, POINTS).round().astype(int))
+        told = {"improvement": improvement(base, member)} if is_evaluation(metric) else {}
         entries.append(
-            {
+            told
+            | {
                 "label": member.label,
                 "settings": member.differs,
                 "runs": [{"folder": run.folder.name, "seed": run.settings.get("seed")} for run in member.runs],
@@ -256,7 +359,8 @@ def compare(
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "compare.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    title = f"{title + ': ' if title else ''}running average over {window:.4g} queries"
+    shown = f"running average over {window:.4g} queries" if window else "the same prompts and noise for all"
+    title = f"{title + ': ' if title else ''}{shown}"
     labelled = {member.label: curves.average(member.curves) for member in groups}
     curves.plot(out / "compare_queries.png", labelled, "queries", "reward queries", metric, title)
     curves.plot(out / "compare_time.png", labelled, "wall", "wall time, s", metric, title)

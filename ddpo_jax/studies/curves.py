@@ -14,11 +14,18 @@ BOOTSTRAP = 2000  # resamples
 
 @dataclasses.dataclass
 class Curve:
-    """One run: reward queries so far, seconds so far, value."""
+    """One run: reward queries so far, seconds so far, value, calls of the denoiser so far (NaN where not counted)."""
 
     queries: Float[np.ndarray, " N"]
     wall: Float[np.ndarray, " N"]
     values: Float[np.ndarray, " N"]
+    calls: Float[np.ndarray, " N"] | None = None
+
+    def by_calls(self) -> Curve | None:
+        """The same with calls of the denoiser in the place of queries; None where they were not counted."""
+        if self.calls is None or not np.isfinite(self.calls).all():
+            return None
+        return dataclasses.replace(self, queries=self.calls)
 
 
 @dataclasses.dataclass

@@ -133,7 +133,8 @@ class Evaluation:
         line = (
             f"the reward rises ({gain.mean:+.3g} ± {gain.standard_error:.2g} against the untrained model) while "
             f"{', '.join(fallen)}: the policy may be exploiting the reward; look at samples/, take an earlier "
-            "checkpoint (--epoch), lower train.learning_rate, or penalise the distance to the pretrained model (algorithm=dpok)"
+            "checkpoint (--epoch), lower train.learning_rate, or penalise the distance to the pretrained model "
+            "(algorithm=dpok)"
         )
         logging.warning("%s", line)
         return line

@@ -167,3 +167,47 @@ def test_wrong_input_is_one_line(folders, tmp_path, capsys):
     assert cli.run(command.main, [folders[0], "--metric=reward/maen"]) == 2
     assert "use reward/mean" in capsys.readouterr().err
     assert cli.run(command.main, []) == 2
+
+
+# ---- evaluations in training ----
+
+
+def evaluated(folder, values, seed, untrained=1.0, calls=100, **overrides):
+    """A run whose evaluations are ``values``, one an epoch of 10 queries."""
+    write(folder, [0.0] * len(values), seed, **overrides)
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, value in zip(rows, values, strict=True):
+        row |= {"eval/reward/mean": value, "eval/reward/difference": value - untrained, "compute/denoiser_calls": calls}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
+
+
+def test_evaluations_are_compared_from_the_untrained_model_on(tmp_path, capsys):
+    """DDPO gains 2 and 2 in 20 queries; the other 4 and 6, reaches +2 after 8 queries, with calls twice as dear."""
+    hard = {"replay.name": "hard"}
+    runs = [
+        evaluated(tmp_path / "a0", [2.0, 3.0], 0),
+        evaluated(tmp_path / "a1", [2.0, 3.0], 1),
+        evaluated(tmp_path / "b0", [3.5, 5.0], 0, calls=200, **hard),
+        evaluated(tmp_path / "b1", [3.5, 7.0], 1, calls=200, **hard),
+    ]
+    result = compare.compare(runs, tmp_path / "out")
+    assert result["metric"] == "eval/reward/mean" and result["smoothing_queries"] == 0
+    base, other = result["groups"]
+    assert base["curve"]["reward_queries"] == [0.0, 10.0, 20.0] and base["curve"]["mean"] == [1.0, 2.0, 3.0]
+    assert other["queries_to_baseline"] == 8.0 and other["speed_up"] == 2.5
+    told = other["improvement"]
+    assert told["gain"]["value"] == 5.0 and told["normalised_gain"]["value"] == 2.5
+    assert told["gain"]["interval"] == (4.0, 6.0) and told["normalised_gain"]["interval"] == (2.0, 3.0)
+    assert told["probability"] == {"value": 1.0, "interval": (1.0, 1.0)}
+    assert told["call_speed_up"]["value"] == 1.25  # 2.5 times fewer queries, each twice as dear
+    assert base["improvement"]["probability"]["value"] == 0.5
+    text = compare.table(result)
+    assert "of the baseline's" in text and "2.5 [2, 3]" in text and "1.25" in text
+
+
+def test_runs_without_evaluations_are_compared_by_their_training_curves(tmp_path):
+    runs = [evaluated(tmp_path / "a", [2.0, 3.0], 0), write(tmp_path / "b", [1.0, 2.0], 1)]
+    result = compare.compare(runs, tmp_path / "out")
+    assert result["metric"] == "reward/mean" and "improvement" not in result["groups"][0]
