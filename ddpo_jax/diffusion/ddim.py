@@ -24,7 +24,8 @@ class DDIM(schedule.NoiseLevels):
         self, model_output: Float[Array, "B h w c"], latents: Float[Array, "B h w c"], index: Int[Array, " B"]
     ) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
         """``(clean latents, noise)``, by the prediction type that the network was trained with."""
-        signal, noise = _column(jnp.sqrt(self.alpha[index])), _column(self.sigma[index])
+        alpha, sigma = self.alpha[index], self.sigma[index]
+        signal, noise = _column(jnp.sqrt(alpha)), _column(sigma)
         if self.prediction_type == "epsilon":
             return (latents - noise * model_output) / signal, model_output
         if self.prediction_type == "v_prediction":
