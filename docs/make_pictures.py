@@ -1,7 +1,7 @@
 """Draws the picture of docs/how-it-works.md with the embedded miniature: python docs/make_pictures.py
 
-The upper row is what the image would be if denoising stopped at each step (the clean image that the network predicts), the
-lower one how much the step counts under the weighting by the squared latent change.
+The upper row is what the image would be if denoising stopped at each step (the clean image that the network predicts),
+the lower one how much the step counts under the weighting by the squared latent change.
 """
 
 import pathlib

@@ -14,6 +14,7 @@ from flax import nnx
 
 from ddpo_jax.mini import grammar, pretrain, quality, stages, training, world
 from ddpo_jax.models import pipeline
+from ddpo_jax.rewards import mini_verifier
 
 
 class Line(nnx.Module):
@@ -201,20 +202,31 @@ def test_mistakes_give_one_line_and_exit_code_2(tmp_path, capsys, arguments, say
     assert says in error and error.count("\n") == 1
 
 
-def test_what_ships_meets_the_stated_goals():
+@pytest.fixture(scope="module")
+def shipped():
+    """Images of 64 single objects by the weights that ship, and what the shipped verifier reads in them."""
+    articles = {color: "an" if color[0] in "aeiou" else "a" for color in grammar.COLORS}
+    prompts = [f"{articles[color]} {color} {shape}" for color in grammar.COLORS for shape in grammar.SHAPES][:64]
+    images = quality.Sampler(pipeline.load("mini"), guidance=3.0)(prompts, seed=0)
+    config = mini_verifier.default_config()
+    _, parts = mini_verifier.make(config)(images, prompts, [{} for _ in prompts])
+    return images, parts
+
+
+def test_what_ships_draws_the_world_and_reads_it(shipped):
+    """The goals of the miniature, on fresh samples. Damaged weights of UNet, VAE, text encoder or verifier fail here:
+    guessing would be right in one of eight cases."""
+    images, parts = shipped
+    assert images.shape == (64, 32, 32, 3)
+    assert np.mean(parts["color"]) >= 0.9
+    assert np.mean(parts["shape"]) >= 0.6
+
+
+def test_the_quality_table_is_the_one_that_was_measured():
     path = pretrain.ASSETS / "quality.json"
     table = json.loads(path.read_text())
-    assert table["verifier"]["single/color"] >= 0.97
-    assert table["verifier"]["single/shape"] >= 0.97
-    assert table["reconstruction"]["color: same answer"] >= 0.95
-    assert table["reconstruction"]["shape: same answer"] >= 0.95
-    for section, rows in table.items():
-        if section.startswith("samples"):
-            assert rows["single object: color"] >= 0.9
-            assert rows["single object: shape"] >= 0.6  # it is above the 0.95 hoped for: the README says so
-            assert rows["shape"] <= 0.6  # two objects: what is left to improve
-            assert rows["spatial"] <= 0.5
-            assert max(rows["spatial"], rows["numeracy"]) < rows["single object: color"]
     assert quality.markdown(table) == (path.parent / "QUALITY.md").read_text()
-    size = sum(file.stat().st_size for file in pretrain.ASSETS.rglob("*") if file.is_file())
-    assert size <= 25 * 2**20
+    for section, rows in table.items():
+        if section.startswith("samples"):  # what is left for reinforcement learning to improve
+            assert rows["shape"] <= 0.6 and rows["spatial"] <= 0.5
+    assert sum(file.stat().st_size for file in pretrain.ASSETS.rglob("*") if file.is_file()) <= 25 * 2**20
