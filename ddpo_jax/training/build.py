@@ -146,7 +146,7 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
             mesh,
             config.seed,
         )
-    runner = RewardRunner(reward, name=config.reward.name)
+    runner = RewardRunner(reward, name=config.reward.name, wait_s=config.reward.wait_s)
     collector = Collector(
         policy,
         model.network,
