@@ -51,6 +51,8 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
             if start == 0:
                 show_fixed(writer, parts, config, state, 0)
             for epoch in range(start, config.num_epochs):
+                if signals.received:  # before the first epoch began
+                    raise Interrupted(signals.received, f"stopped before epoch {epoch}; the same command goes on there")
                 with signals.stoppable():
                     try:
                         progress.phase("sampling")

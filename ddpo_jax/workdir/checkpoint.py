@@ -11,11 +11,13 @@ The number of a checkpoint is the number of *finished* epochs: a run that restor
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +25,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from orbax.checkpoint import checkpoint_managers as policies
 
 from ddpo_jax.errors import InputError, Interrupted, RunFailure, one_line
 from ddpo_jax.workdir import checksums
@@ -60,12 +61,10 @@ class Checkpointer:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"checkpoints: cannot make the folder {self.folder}: {error.strerror}") from error
+        self._rewards: dict[int, float] = {}  # mean reward of each checkpoint
         self._manager = self._open()
 
     def _open(self) -> ocp.CheckpointManager:
-        preservation = policies.AnyPreservationPolicy(
-            [policies.LatestN(self._keep), policies.BestN(get_metric_fn=_reward, n=1)]
-        )
         read_only = {
             "read_only": True,
             "create": False,
@@ -75,16 +74,19 @@ class Checkpointer:
         registry, handler = ocp.handlers.DefaultCheckpointHandlerRegistry(), _Arrays()
         for kind in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
             registry.add("arrays", kind, handler)
-        return ocp.CheckpointManager(
+        registry.add("metrics", ocp.args.JsonSave, ocp.JsonCheckpointHandler(filename="metrics"))
+        manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=preservation,
-                best_fn=_reward,
+                preservation_policy=_NewestAndBest(self._keep, self._rewards),
                 enable_async_checkpointing=True,
                 **(read_only if self._read_only else {"create": True, "cleanup_tmp_directories": True}),
             ),
             handler_registry=registry,
         )
+        for epoch in manager.all_steps():
+            self._rewards[epoch] = _reward(self.folder / str(epoch))
+        return manager
 
     def save(self, epoch: int, arrays: Any, reward_mean: float, force: bool = False) -> bool:
         """Starts writing a checkpoint and returns when the arrays may be changed or donated.
@@ -125,11 +127,10 @@ class Checkpointer:
                 self._manager.close()
             self.folder.mkdir()
             self._manager = self._open()
+        self._rewards[epoch] = -math.inf if math.isnan(reward_mean) else float(reward_mean)
+        metrics = ocp.args.JsonSave({"reward_mean": self._rewards[epoch]})
         return self._manager.save(
-            epoch,
-            args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(stored)),
-            metrics={"reward_mean": float(reward_mean)},
-            force=True,
+            epoch, args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(stored), metrics=metrics), force=True
         )
 
     @contextlib.contextmanager
@@ -215,6 +216,8 @@ class Checkpointer:
         if epoch not in self._manager.all_steps():
             raise InputError(f"checkpoints: no epoch {epoch} in {self.folder}; there are: {self.epochs()}")
         verified = checksums.verify(folder / "arrays")
+        if not verified and not (folder / "meta").is_dir():  # which the versions wrote that wrote no checksums
+            raise Damaged(f"checkpoint {folder} is damaged: arrays/{checksums.FILE} is missing")
         try:
             yield
         except InputError:
@@ -260,7 +263,7 @@ class Checkpointer:
 
     def best_epoch(self) -> int | None:
         """The checkpoint with the highest mean reward."""
-        return self._manager.best_step()
+        return max(self.epochs(), key=lambda epoch: (self._rewards.get(epoch, -math.inf), epoch), default=None)
 
     def wait(self) -> None:
         """Blocks until a save in progress is complete.
@@ -317,8 +320,25 @@ def _cause(error: BaseException) -> str:
     return one_line(error)[:300]
 
 
-def _reward(metrics: dict[str, float]) -> float:
-    return metrics["reward_mean"]
+class _NewestAndBest:
+    """Which checkpoints orbax keeps."""
+
+    def __init__(self, keep: int, rewards: dict[int, float]):
+        self._keep, self._rewards = keep, rewards
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Of each checkpoint, oldest first."""
+        epochs = [info.step for info in checkpoints]
+        best = max(epochs, key=lambda epoch: (self._rewards.get(epoch, -math.inf), epoch), default=None)
+        return [epoch == best or epoch in epochs[-self._keep :] for epoch in epochs]
+
+
+def _reward(folder: pathlib.Path) -> float:
+    """The mean reward of a checkpoint; minus infinity if nothing says it: then it is never the best of several."""
+    try:
+        return float(json.loads((folder / "metrics" / "metrics").read_text(encoding="utf-8"))["reward_mean"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return -math.inf
 
 
 def _flatten(tree: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Lock:
     file. No clock is compared, so none has to be right.
 
     Args:
-      workdir: the folder, which exists.
+      workdir: the folder; made if it does not exist.
 
     Raises:
       InputError: another run holds the folder; in one line, which.
@@ -43,6 +43,7 @@ class Lock:
     def __init__(self, workdir: pathlib.Path):
         self._path = workdir / FILE
         with files.writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
             self._folder = os.open(workdir, os.O_RDONLY)
         self._file = -1
         self._stop = threading.Event()
