@@ -51,4 +51,6 @@ def help_text() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from ddpo_jax.commands import _cli
+
+    _cli.leave(main())

@@ -26,7 +26,7 @@ class Interrupted(Exception):
     """The run was asked to stop by a signal and has saved.
 
     Args:
-      signum: the signal received, ``signal.SIGINT`` or ``signal.SIGTERM``.
+      signum: the signal received, such as ``signal.SIGTERM``.
       message: one line for the user, such as what was saved and how to go on.
     """
 
@@ -36,7 +36,7 @@ class Interrupted(Exception):
 
     @property
     def exit_code(self) -> int:
-        """130 for SIGINT, 143 for SIGTERM, as shells have it."""
+        """129 for SIGHUP, 130 for SIGINT, 143 for SIGTERM, as shells have it."""
         return 128 + self.signum
 
 
@@ -44,7 +44,7 @@ def one_line(error: BaseException) -> str:
     """The kind and the message of an exception on one line; an exception whose message cannot be shown is said so."""
     try:
         message = " ".join(str(error).split())
-    except Exception:  # the exception is the user's: its __str__ may raise too
+    except BaseException:  # the exception is the user's: its __str__ may raise too
         message = "(its message cannot be shown)"
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 

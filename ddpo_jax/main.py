@@ -9,7 +9,7 @@ usage: python -m ddpo_jax.main --config=FILE[:CHOICES] [--workdir=DIR] [--config
   --help                   this text
 
 The same command on the same DIR goes on where the run stopped. Exit code: 0 done, 2 wrong input, 1 failure,
-130 or 143 interrupted (saved).
+129, 130 or 143 interrupted (saved).
 
 examples:
   python -m ddpo_jax.main --config=configs/compressibility.py
@@ -61,4 +61,4 @@ def command(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    cli.leave(main())

@@ -1,11 +1,14 @@
 """A reward that does something else on given calls, as ``tiny_reward:reward``: to fail, to signal, to kill its process.
 
 ``actions`` maps the number of the call to a function of images and prompts whose result is returned. A subprocess takes
-``TINY_KILL_AT``: the call on which it kills itself.
+the call on which it kills itself as ``TINY_KILL_AT``, in which it hangs as ``TINY_HANG_AT``, and which takes three
+seconds as ``TINY_SLEEP_AT``.
 """
 
 import os
 import signal
+import threading
+import time
 
 import numpy as np
 
@@ -22,8 +25,21 @@ def kill(images, prompts):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-if "TINY_KILL_AT" in os.environ:
-    actions[int(os.environ["TINY_KILL_AT"])] = kill
+def hang(images, prompts):
+    """For ever, with a thread at its side that would keep any process which waits for its threads."""
+    threading.Thread(target=time.sleep, args=(3600,)).start()
+    time.sleep(3600)
+
+
+def sleep(images, prompts):
+    """Takes its time."""
+    time.sleep(3)
+    return scores(images, prompts)
+
+
+for variable, action in (("TINY_KILL_AT", kill), ("TINY_HANG_AT", hang), ("TINY_SLEEP_AT", sleep)):
+    if variable in os.environ:
+        actions[int(os.environ[variable])] = action
 
 
 def reward(images, prompts, metadata):

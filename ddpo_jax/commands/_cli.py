@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging as std_logging
 import os
 import pathlib
 import signal
 import sys
-import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
@@ -17,8 +18,13 @@ from absl import flags, logging
 import ddpo_jax
 from ddpo_jax import errors
 from ddpo_jax.errors import InputError
+from ddpo_jax.workdir.files import file_to_write, folder_to_write
+
+__all__ = ["Parser", "cache_compilations", "file_to_write", "folder_to_write", "leave", "positive", "run", "seed",
+           "show_log", "start_jax", "use_all_cores"]  # fmt: skip
 
 PACKAGE = pathlib.Path(ddpo_jax.__file__).resolve().parent
+REWARD_THREAD = "reward"  # as ``rollout.scoring`` names it, which is not imported here: it loads JAX
 MAX_CPU_DEVICES = 8  # beyond it a device's share of a batch of the miniature is too small to keep a core busy
 
 
@@ -98,62 +104,79 @@ def start_jax(cache: bool = True) -> tuple[str, int]:
         raise InputError(f"JAX_PLATFORMS: received {platforms!r}; JAX finds no device: {cause}; use cpu") from error
 
 
-def show_log() -> None:
-    """Sends the log of this package, and the warnings of others, to standard error as plain lines."""
+def plain_log() -> None:
+    """Sends warnings of this package, and errors of others, to standard error as plain lines."""
     flags.FLAGS.mark_as_parsed()  # absl has no flags of ours; it warns of a log before they are parsed
     handler = logging.get_absl_handler()
     handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     handler.filters = [_is_shown]
     logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+
+
+def show_log() -> None:
+    """What this package tells of its progress as well."""
+    plain_log()
     logging.set_verbosity(logging.INFO)
 
 
 def _is_shown(record: std_logging.LogRecord) -> bool:
-    """Whether a user should read it: what this package says, and errors of others. Libraries warn of themselves."""
-    return record.levelno >= std_logging.ERROR or PACKAGE in pathlib.Path(record.pathname).resolve().parents
+    """Whether a user should read it: what this package says, and errors of others. Libraries warn of themselves.
 
-
-def folder_to_write(text: str | os.PathLike[str], flag: str) -> pathlib.Path:
-    """The folder that ``flag`` names, made if need be, in which files can be written.
-
-    Raises:
-      InputError: they cannot.
+    Errors of orbax reach this package as exceptions, of which it says one line.
     """
-    try:
-        folder = pathlib.Path(text).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except (OSError, RuntimeError, ValueError) as error:  # no such user, a name that is too long, no permission
-        why = "a file stands in its place" if _is_file(text) else getattr(error, "strerror", None) or str(error)
-        raise InputError(
-            f"{flag}: received '{text}'; cannot write there: {why}; give a folder you can write"
-        ) from error
-    return folder
-
-
-def _is_file(text: str | os.PathLike[str]) -> bool:
-    try:
-        return pathlib.Path(text).is_file()
-    except (OSError, ValueError):
-        return False
+    path = pathlib.Path(record.pathname)
+    if PACKAGE in path.resolve().parents:
+        return True
+    return record.levelno >= std_logging.ERROR and not {"orbax", "asyncio"} & set(path.parts)
 
 
 def run(command: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
     """Calls ``command(arguments)`` and returns its exit code: 0, 2 for wrong input, 1 failure, 128 + a signal."""
+    plain_log()
+    lines, code = [], 0
     try:
-        command(sys.argv[1:] if argv is None else argv)
+        command(_as_text(sys.argv[1:] if argv is None else argv))
     except InputError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 2
+        lines, code = [f"error: {line}" for line in str(error).splitlines()], 2
     except errors.RunFailure as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        lines, code = [f"error: {error}"], 1
     except errors.Interrupted as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
+        lines, code = [str(error)], error.exit_code
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+        lines, code = ["stopped"], 128 + signal.SIGINT
+    with contextlib.suppress(OSError):  # the terminal may be closed
+        for line in lines:
+            print(line, file=sys.stderr, flush=True)
+    return code
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with an exit code, also where something would keep it or change the code.
+
+    A reward that hangs keeps its thread, and perhaps threads of its own; a closed terminal cannot take what is left of
+    the output.
+    """
+    rewards = [thread for thread in threading.enumerate() if thread.name == REWARD_THREAD]
+    for thread in rewards:
+        thread.join(timeout=0.5)
+    kept = any(thread.is_alive() for thread in rewards)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            kept = True
+    if kept:
+        os._exit(code)
+    sys.exit(code)
+
+
+def _as_text(argv: Sequence[str]) -> Sequence[str]:
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"received the argument {word[:80]!a}, which is not UTF-8 text; give prompts, names and paths in UTF-8"
+            ) from error
+    return argv

@@ -22,7 +22,6 @@ examples:
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Sequence
 
 from ddpo_jax.commands import _cli as cli
@@ -40,6 +39,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--smooth", type=cli.positive, default=None, help="reward queries to average over")
     parser.add_argument("--out", default="compare", help="folder for compare.json and the plots; compare")
     args = parser.parse_args(argv)
-    out = pathlib.Path(args.out).expanduser()
+    out = cli.folder_to_write(args.out, "--out")
     result = compare(args.run_dir, out, args.metric, args.baseline, args.smooth)
     print(f"{table(result)}\nin {out}: compare.json, compare_queries.png, compare_time.png")

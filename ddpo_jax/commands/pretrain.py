@@ -30,4 +30,6 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--note", default="", help="a remark on this run, kept in the quality table")
     options = parser.parse_args(argv)
     assets = options.assets or (ASSETS if options.scale == "full" else options.workdir / "assets")
+    for flag, folder in (("--workdir", options.workdir), ("--assets", assets)):
+        cli.folder_to_write(folder, flag)
     run(options.workdir, assets, options.stages, options.scale, options.seed, options.note)

@@ -18,11 +18,12 @@ import pathlib
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
+from PIL import Image
 
 from ddpo_jax.commands import _cli as cli
 from ddpo_jax.errors import InputError
 from ddpo_jax.training.trained import draw, load_base, load_trained
-from ddpo_jax.workdir import grid
+from ddpo_jax.workdir import files, grid
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -42,10 +43,7 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--eta: received {args.eta}; it must be in [0, 1]; use 0 for deterministic DDIM")
     if args.guidance is not None and not 0 <= args.guidance < math.inf:
         raise InputError(f"--guidance: received {args.guidance}; it must be a finite number, 0 or more; use 5")
-    try:
-        pathlib.Path(args.out).expanduser().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--out: received '{args.out}'; cannot make its folder: {error.strerror}") from error
+    cli.file_to_write(args.out, "--out")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -81,5 +79,7 @@ def main(argv: Sequence[str]) -> None:
     how = f"{options.num_steps} steps, guidance {options.guidance_scale:g}, eta {options.eta:g}, seed {args.seed}"
     captions = [prompt or "(no prompt)" for prompt in args.prompt for _ in range(args.num_images)]
     out = pathlib.Path(args.out).expanduser()
-    grid.captioned(images, captions, f"{name}: {how}").save(out)
+    picture = grid.captioned(images, captions, f"{name}: {how}")
+    with files.replacing(out) as temporary:
+        picture.save(temporary, format=Image.registered_extensions()[out.suffix.lower()])
     print(f"{len(images)} images of {len(args.prompt)} prompts by {name}, {how} -> {out}")

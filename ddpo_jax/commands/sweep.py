@@ -55,6 +55,7 @@ def main(argv: Sequence[str]) -> None:
     if args.dry_run:
         print("\n".join(" ".join(command) for job in todo for command in job.commands.values()))
         return
+    cli.folder_to_write(out, "--out")
     failed = sweep.Runner(lambda line: print(line, file=sys.stderr, flush=True)).run(todo, args.parallel)
     print("\n\n".join(sweep.summarise(todo, failed, out, plan)))
     if failed:

@@ -93,6 +93,8 @@ KEYS = (
     Key("replay.k", 4, "images replayed per device and epoch, after the ordinary updates"),
     Key("replay.history", 3, "epochs a rollout stays in the buffer"),
     Key("reward.name", "jpeg_compressibility", "images to scores: a file of ddpo_jax/rewards"),
+    Key("reward.wait_s", 600.0,
+        "seconds that the reward may take for a batch; after that the run ends as a failure and is saved"),
     Key("prompts.name", "auto",
         "a file of ddpo_jax/prompts, or package.module:function; auto = mini for the miniature, animals for SD"),
     Key("prompts.samples_per_prompt", 4, "images K of each drawn prompt; group baselines compare these"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ddpo_jax.errors import InputError
+from ddpo_jax.errors import InputError, one_line
 
 TYPE_NAMES: dict[type | None, str] = {
     int: "a whole number",
@@ -104,7 +104,22 @@ def from_json(text: str) -> ConfigDict:
     """The config that ``to_json`` wrote, locked.
 
     Raises:
-      InputError: the text is not a JSON object.
+      InputError: the text is not a JSON object of a config.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"config.json: line {error.lineno}: {error.msg}; restore it or use another folder") from None
+    if not isinstance(data, dict):
+        raise InputError(f"config.json: received {type(data).__name__}; it must be a JSON object")
+    return from_object(data, "config.json")
+
+
+def from_object(data: dict[str, Any], path: str) -> ConfigDict:
+    """The config of a JSON object, locked; ``path`` is where it was read, for messages.
+
+    Raises:
+      InputError: the object is no config: a name that cannot be a key, lists or objects nested without end.
     """
 
     def restore(value: Any) -> Any:
@@ -113,9 +128,6 @@ def from_json(text: str) -> ConfigDict:
         return tuple(restore(item) for item in value) if isinstance(value, list) else value
 
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"config.json: line {error.lineno}: {error.msg}; restore it or use another folder") from None
-    if not isinstance(data, dict):
-        raise InputError(f"config.json: received {type(data).__name__}; it must be a JSON object")
-    return ConfigDict(restore(data)).lock()
+        return ConfigDict(restore(data)).lock()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise InputError(f"{path}: it is no config: {one_line(error)}; restore it or use another folder") from error

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from ddpo_jax.models import keys, pipeline, preprocess, weights
 from ddpo_jax.models.clip import CLIP, CLIPText
 from ddpo_jax.models.pipeline import Pipeline
 from ddpo_jax.models.vae import AutoencoderKL
+from ddpo_jax.workdir import files
 
 LARGEST = 25 * 2**20  # bytes of all assets together
 NOTE = "made by python -m ddpo_jax.mini.pretrain"
@@ -109,7 +108,4 @@ def write_module(module: nnx.Module, folder: Path, file: str, config: Mapping[st
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes the file at once, so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    files.write_json(path, content, indent=2)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import queue
 import sys
 import threading
@@ -26,6 +25,7 @@ import optax
 from flax import nnx
 
 from ddpo_jax.errors import InputError
+from ddpo_jax.workdir import files
 
 Arrays = dict[str, np.ndarray]
 
@@ -76,9 +76,8 @@ def stream(seed: int, name: str, step: int) -> np.random.Generator:
 
 
 def _write_atomically(path: Path, arrays: Arrays) -> None:
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, **arrays)  # type: ignore[arg-type]  # numpy's stub takes a value for allow_pickle
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes a value for allow_pickle
 
 
 def _pack(tree: Any, prefix: str) -> Arrays:

@@ -19,7 +19,6 @@ is the last point of the smoothed curve. Shaded: one standard deviation over see
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import re
 from collections.abc import Sequence
@@ -30,11 +29,12 @@ import numpy as np
 from ddpo_jax import find
 from ddpo_jax.config import default_config
 from ddpo_jax.config.defaults import FAMILIES
-from ddpo_jax.config.keys import flatten, from_json
+from ddpo_jax.config.keys import flatten
 from ddpo_jax.errors import InputError
 from ddpo_jax.studies import curves, statistics
 from ddpo_jax.studies.curves import Curve
-from ddpo_jax.workdir import metrics
+from ddpo_jax.workdir import files, metrics
+from ddpo_jax.workdir.folder import read_config
 
 IGNORED = re.compile(r"seed|num_epochs|log\..*|checkpoint\..*|train\.(microbatch_size|remat)|mesh\..*|frozen_on_host")
 TIMES = ("time/rollout_s", "time/reward_s", "time/update_s")
@@ -72,13 +72,19 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     runs, faults = [], []
     for name in dict.fromkeys(folders):
         folder = pathlib.Path(name).expanduser()
-        path = folder / "config.json"
-        rows = metrics.read_metrics(folder)
-        if path.is_file() and rows:
-            runs.append(Run(folder, flatten(from_json(path.read_text(encoding="utf-8"))), rows))
+        what = f"RUN_DIR: received '{name}'; it has no"
+        if not (folder / "config.json").exists():
+            faults.append(f"{what} config.json; give folders in which runs were trained")
+            continue
+        try:
+            settings, rows = flatten(read_config(folder, complete=False)), metrics.read_metrics(folder)
+        except InputError as error:
+            faults.append(str(error))
+            continue
+        if rows:
+            runs.append(Run(folder, settings, rows))
         else:
-            lacks = metrics.FILE if path.is_file() else "config.json"
-            faults.append(f"RUN_DIR: received '{name}'; it has no {lacks}; give folders in which runs were trained")
+            faults.append(f"{what} {metrics.FILE}; give folders in which runs were trained")
     if faults:
         raise InputError("\n".join(faults))
     return runs
@@ -201,9 +207,10 @@ def _curve(run: Run, metric: str, window: float) -> Curve:
 
 def _from_untrained(curve: Curve, value: float) -> Curve:
     """The curve with the untrained model in front, which took no queries."""
-    started = [np.concatenate([[0.0], x]) for x in (curve.queries, curve.wall)]
-    calls = None if curve.calls is None else np.concatenate([[0.0], curve.calls])
-    return Curve(*started, np.concatenate([[value], curve.values]), calls)
+    queries, wall, values = (
+        np.concatenate([[first], x]) for first, x in ((0.0, curve.queries), (0.0, curve.wall), (value, curve.values))
+    )
+    return Curve(queries, wall, values, None if curve.calls is None else np.concatenate([[0.0], curve.calls]))
 
 
 def gains(group: Group) -> np.ndarray:
@@ -331,7 +338,7 @@ def compare(
         speed, speed_interval = curves.speed_up(base.curves, member.curves)
         average = curves.average(member.curves)
         points = np.unique(np.linspace(0, len(average.queries) - 1, POINTS).round().astype(int))
-        told = {"improvement": improvement(base, member)} if is_evaluation(metric) else {}
+        told: dict[str, Any] = {"improvement": improvement(base, member)} if is_evaluation(metric) else {}
         entries.append(
             told
             | {
@@ -357,8 +364,7 @@ def compare(
         "level": level,
         "groups": entries,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "compare.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    files.write_json(out / "compare.json", result)
     shown = f"running average over {window:.4g} queries" if window else "the same prompts and noise for all"
     title = f"{title + ': ' if title else ''}{shown}"
     labelled = {member.label: curves.average(member.curves) for member in groups}

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
+from ddpo_jax.workdir import files
+
 BOOTSTRAP = 2000  # resamples
 
 
@@ -154,4 +156,5 @@ def plot(
     axes.set_title(title, fontsize=9)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")

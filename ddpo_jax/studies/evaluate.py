@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
-import os
 import pathlib
 import sys
+import zipfile
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from ddpo_jax import errors, find, sharding
 from ddpo_jax.config import default_config, keys, with_choices
+from ddpo_jax.config.model import read_json
 from ddpo_jax.config.override import override
 from ddpo_jax.config.resolve import resolve
 from ddpo_jax.errors import InputError
@@ -32,7 +33,7 @@ from ddpo_jax.rollout import scoring as reward_runner
 from ddpo_jax.studies import curves
 from ddpo_jax.training.build import make_sampler
 from ddpo_jax.training.trained import load_trained
-from ddpo_jax.workdir import grid
+from ddpo_jax.workdir import files, grid
 
 MODELS = ("base", "trained")
 SHOWN = 8  # prompts of the picture
@@ -123,11 +124,11 @@ def score_chunks(
     total = len(prompts) * samples
     tables: dict[str, np.ndarray] = {}
     pictures = []
-    folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, total, size):
         path = folder / f"{label}_{start:06d}.npz"
         rows = np.arange(start, min(start + size, total))
-        if not path.is_file():
+        stored = _read_chunk(path)
+        if stored is None:
             chosen = [prompts[row // samples] for row in rows]
             names, metadata = [prompt for prompt, _ in chosen], [entry for _, entry in chosen]
             images = draw(names, rows)
@@ -139,15 +140,26 @@ def score_chunks(
                     raise errors.RunFailure(f"{error}; finished chunks are kept, the same command goes on") from error
                 found |= {name: scores} | {f"{name}/{part}": values for part, values in parts.items()}
             shown = images[(rows % samples == 0) & (rows // samples < SHOWN)]
-            with open(path.with_suffix(".tmp"), "wb") as file:
-                np.savez(file, images=shown, names=np.array([*found]), scores=np.stack([*found.values()]))
-            os.replace(path.with_suffix(".tmp"), path)
+            stored = {"images": shown, "names": np.array([*found]), "scores": np.stack([*found.values()])}
+            with files.replacing(path) as temporary, open(temporary, "wb") as file:
+                np.savez(file, **stored)  # type: ignore[arg-type]  # numpy's stub takes a value for allow_pickle
             print(f"{label}: {rows[-1] + 1} of {total} images", file=sys.stderr, flush=True)
-        with np.load(path) as stored:
-            pictures.append(stored["images"])
-            for name, values in zip(stored["names"].tolist(), stored["scores"], strict=True):
-                tables.setdefault(name, np.full(total, np.nan))[rows] = values
+        pictures.append(stored["images"])
+        for name, values in zip(stored["names"].tolist(), stored["scores"], strict=True):
+            tables.setdefault(name, np.full(total, np.nan))[rows] = values
     return {name: values.reshape(-1, samples) for name, values in tables.items()}, np.concatenate(pictures)
+
+
+def _read_chunk(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a chunk; None if there is none, or a damaged one, which is drawn again."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as stored:
+            return {name: stored[name] for name in ("images", "names", "scores")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        print(f"{path} cannot be read ({errors.one_line(error)}): it is drawn again", file=sys.stderr, flush=True)
+        return None
 
 
 def statistics(scores: np.ndarray) -> dict[str, float | int | None]:
@@ -185,7 +197,7 @@ def evaluate(args: argparse.Namespace) -> str:
     mesh = sharding.make_mesh(-1, math.gcd(config.mesh.fsdp, jax.device_count()))
     wanted = args.batch_size or config.sample.batch_size
     size = math.ceil(wanted / mesh.size) * mesh.size
-    out = pathlib.Path(args.out or pathlib.Path(args.workdir) / "evaluation").expanduser()
+    out = files.folder_to_write(args.out or pathlib.Path(args.workdir) / "evaluation", "--out")
     settings = {
         "workdir": str(args.workdir),
         "epoch": args.epoch,
@@ -213,11 +225,12 @@ def evaluate(args: argparse.Namespace) -> str:
         base, trained = (tables[label][name] for label in MODELS)
         values = {"base": base, "trained": trained, "difference": trained - base}
         result[name] = {label: statistics(scores) for label, scores in values.items()}
-    text = json.dumps({"settings": settings, "rewards": result}, indent=1) + "\n"
-    (out / "evaluation.json").write_text(text, encoding="utf-8")
+    files.write_json(out / "evaluation.json", {"settings": settings, "rewards": result})
     count = len(pictures[0])
     captions = [f"{label}: {prompts[i][0]}" for label in ("untrained", "trained") for i in range(count)]
-    grid.captioned(np.concatenate(pictures), captions, f"{args.workdir}, epoch {args.epoch}").save(out / "images.png")
+    picture = grid.captioned(np.concatenate(pictures), captions, f"{args.workdir}, epoch {args.epoch}")
+    with files.replacing(out / "images.png") as temporary:
+        picture.save(temporary, format="PNG")
     k = args.samples_per_prompt
     return f"{len(prompts)} prompts x {k} images\n{table(result)}\nin {out}: evaluation.json, images.png"
 
@@ -225,9 +238,8 @@ def evaluate(args: argparse.Namespace) -> str:
 def _refuse_other(out: pathlib.Path, settings: dict[str, Any]) -> None:
     """Notes the settings in ``out``; chunks of other settings there are refused."""
     path = out / "settings.json"
-    out.mkdir(parents=True, exist_ok=True)
-    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else settings
+    before = read_json(path) if path.exists() else settings
     if changed := [key for key in settings if settings[key] != before.get(key)]:
         what = "the trained parameters" if changed == ["checksum"] else ", ".join(changed)
         raise InputError(f"--out: received '{out}', which holds an evaluation with other {what}; use another --out")
-    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    files.write_json(path, settings)

@@ -8,9 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 import pathlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +26,7 @@ from ddpo_jax.ops.random import Stream, generator
 from ddpo_jax.prompts import make_prompts
 from ddpo_jax.rollout.scoring import PendingReward, RewardError, RewardRunner, make_reward
 from ddpo_jax.training.build import load_model, make_sampler
+from ddpo_jax.workdir import files
 
 X0, BRANCH = "x0_change", "branch_variance"
 _QUEUE = 4  # batches that may wait for their reward
@@ -113,7 +112,8 @@ def measure(ready: Ready, plan: Plan) -> Table:
         **{key: config.sample[key] for key in ("eta", "guidance_scale")},
         **{key: value for key, value in dataclasses.asdict(plan).items() if key != "what"},
     }
-    with RewardRunner(reward, name=config.reward.name) as runner, tqdm(total=total, unit="image", disable=None) as bar:
+    runner = RewardRunner(reward, name=config.reward.name, wait_s=config.reward.wait_s)
+    with runner, tqdm(total=total, unit="image", disable=None) as bar:
 
         def batches(count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             """(indices of a batch, the same filled up to the one size of all batches)."""
@@ -237,12 +237,11 @@ def plot(table: Table, path: pathlib.Path) -> None:
             axes.set_ylabel(r"$\sigma_t$: deviation of final reward over branches")
         axes.set_title(f"{table['reward']}, {table['num_prompts']} prompts")
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
 
 
 def write(table: Table, out: pathlib.Path) -> None:
     """Writes ``measure.json`` and ``measure.png`` into a folder that exists."""
-    temporary = out / "measure.json.tmp"
-    temporary.write_text(json.dumps(table, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, out / "measure.json")
+    files.write_json(out / "measure.json", table)
     plot(table, out / "measure.png")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import json
+import math
 import os
 import pathlib
 import runpy
@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 
 from ddpo_jax import errors
+from ddpo_jax.config.model import read_json
 from ddpo_jax.errors import InputError
 from ddpo_jax.studies import compare
-from ddpo_jax.workdir import metrics
+from ddpo_jax.workdir import files, metrics
+from ddpo_jax.workdir.folder import read_config
 
 MARK = "sweep.json"  # in a run's folder: the commands that ended well
 PLAN_KEYS = ("panel", "name", "config")
@@ -156,8 +158,14 @@ class Runner:
 
     def _job(self, job: Job) -> tuple[float, str, bool]:
         """``(seconds, what became of it, whether it ended well)``; 0 seconds if there was nothing to do."""
+        try:
+            return self._commands(job)
+        except (InputError, errors.RunFailure, OSError) as error:  # its folder cannot be read or written
+            return 0.0, f"FAILED: {error}", False
+
+    def _commands(self, job: Job) -> tuple[float, str, bool]:
         mark = job.workdir / MARK
-        done = json.loads(mark.read_text(encoding="utf-8")) if mark.is_file() else {}
+        done: dict[str, Any] = read_json(mark) if mark.exists() else {}
         start, idle = time.monotonic(), True
         for kind, command in job.commands.items():
             if done.get(kind) == command[1:]:  # without the interpreter's path
@@ -170,7 +178,7 @@ class Runner:
                 shutil.rmtree(job.workdir / "evaluation", ignore_errors=True)
                 done = {}
             done[kind] = command[1:]
-            mark.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+            files.write_json(mark, done)
         seconds = 0.0 if idle else time.monotonic() - start
         return seconds, _outcome(job.workdir) + (", done before" if idle else f" in {metrics.duration(seconds)}"), True
 
@@ -208,7 +216,7 @@ def core_sets(parallel: int) -> list[set[int]]:
 def _filled(command: Sequence[str], workdir: pathlib.Path) -> list[str]:
     """The command with the run's reward in the place of ``{reward}``, known once it was trained."""
     path = workdir / "config.json"  # absent before training, whose command has no such word
-    reward = json.loads(path.read_text(encoding="utf-8"))["reward"]["name"] if path.is_file() else ""
+    reward = read_config(workdir).reward.name if path.exists() else ""
     return [word.replace("{reward}", reward) for word in command]
 
 
@@ -216,7 +224,7 @@ def _outcome(workdir: pathlib.Path) -> str:
     rows = metrics.read_metrics(workdir)
     if not rows:
         return "no epochs"
-    first, last = rows[0]["reward/mean"], rows[-1]["reward/mean"]
+    first, last = (math.nan if row["reward/mean"] is None else row["reward/mean"] for row in (rows[0], rows[-1]))
     return f"reward {first:.4g} -> {last:.4g}, {rows[-1]['reward_queries']} queries"
 
 
@@ -230,11 +238,11 @@ def evaluations(done: Sequence[Job]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for job in done:
         path = job.workdir / "evaluation" / "evaluation.json"
-        if path.is_file():
-            for reward, row in json.loads(path.read_text(encoding="utf-8"))["rewards"].items():
+        if path.exists():
+            for reward, row in _rewards(path).items():
                 entry = found.setdefault(job.name, {}).setdefault(reward, {"base": [], "trained": []})
                 for model in entry:
-                    entry[model].append(row[model]["mean"])
+                    entry[model].append(row[model])
     return {
         name: {
             reward: {model: float(np.mean(values)) for model, values in entry.items()} | {"seeds": len(entry["base"])}
@@ -242,6 +250,24 @@ def evaluations(done: Sequence[Job]) -> dict[str, Any]:
         }
         for name, rewards in found.items()
     }
+
+
+def _rewards(path: pathlib.Path) -> dict[str, dict[str, float]]:
+    """Reward -> {"base": mean, "trained": mean} of an ``evaluation.json``.
+
+    Raises:
+      InputError: it is not one.
+    """
+    content = read_json(path)
+    try:
+        means = {
+            reward: {model: float(row[model]["mean"]) for model in ("base", "trained")}
+            for reward, row in content["rewards"].items()
+        }
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        why = errors.one_line(error)
+        raise InputError(f"{path}: it holds no means of rewards ({why}); delete it and run the sweep again") from error
+    return means
 
 
 def summarise(todo: Sequence[Job], failed: Sequence[Job], out: pathlib.Path, plan: dict[str, Any]) -> list[str]:
@@ -258,7 +284,7 @@ def summarise(todo: Sequence[Job], failed: Sequence[Job], out: pathlib.Path, pla
         result = compare.compare(names, folder, metric, baseline, title=panel)
         texts.append(f"{panel} ({folder}/compare.json, compare_queries.png)\n{compare.table(result)}{note}")
         if scores := evaluations(done):
-            (folder / "evaluations.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+            files.write_json(folder / "evaluations.json", scores)
             lines = [f"{panel}: evaluated, untrained -> trained"]
             for name, rewards in scores.items():
                 for reward, row in rewards.items():

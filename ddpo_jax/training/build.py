@@ -160,7 +160,7 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
             mesh,
             config.seed,
         )
-    runner = RewardRunner(reward, name=config.reward.name)
+    runner = RewardRunner(reward, name=config.reward.name, wait_s=config.reward.wait_s)
     plan = Plan(
         seed=config.seed,
         batch_size=config.sample.batch_size,
@@ -176,7 +176,8 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     if config.log.evaluate_every:
         others = {name: make_reward(*other_reward(config, name)) for name in config.log.evaluate_also}
         rewards = {"reward": reward} | others
-        evaluation = Evaluation(sampler, prompt_fn, rewards, config.log.evaluate_images, config.sample.batch_size)
+        sizes = config.log.evaluate_images, config.sample.batch_size, config.log.evaluate_every
+        evaluation = Evaluation(sampler, prompt_fn, rewards, *sizes)
     return Parts(
         *(algorithm, traits, model, learner, sampler, collector, replay, runner, mesh, sampler.uncond, value),
         evaluation,

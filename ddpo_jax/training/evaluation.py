@@ -17,9 +17,10 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, UInt8
 
+from ddpo_jax.errors import RunFailure
 from ddpo_jax.ops import random
 from ddpo_jax.ops.random import Stream
-from ddpo_jax.rewards._check import RewardFn, call
+from ddpo_jax.rewards._check import RewardError, RewardFn, call
 from ddpo_jax.rollout.sampler import ImageSampler
 from ddpo_jax.types import Params
 
@@ -58,6 +59,7 @@ class Evaluation:
         rewards: Mapping[str, RewardFn],
         num_images: int,
         batch_size: int,
+        every: int = 1,
     ):
         """Args:
         sampler: as of training, so that no other program is compiled.
@@ -65,7 +67,9 @@ class Evaluation:
         rewards: functions by name; ``reward`` is the trained one.
         num_images: N, in groups of ``PER_PROMPT`` of the same prompt; rounded up to whole groups.
         batch_size: images of one device program, as of training.
+        every: epochs between evaluations.
         """
+        self._every, self._untrained = every, Scores()
         self._sampler, self._rewards, self._batch_size = sampler, rewards, batch_size
         self._count = math.ceil(num_images / PER_PROMPT)
         prompts, metadata = prompt_fn(random.generator(SEED, 0, Stream.EVALUATION), self._count)
@@ -76,6 +80,30 @@ class Evaluation:
     def num_images(self) -> int:
         """N, scored at every evaluation."""
         return len(self._prompts)
+
+    def start(self, params: Params) -> None:
+        """Scores the untrained policy, with which all later ones are compared. A resumed run does it again.
+
+        Raises:
+          RewardError: a reward failed.
+        """
+        self._untrained = self.scores(params)
+
+    def after(self, epochs: int, num_epochs: int, params: Params) -> dict[str, float]:
+        """The metrics of the policy after ``epochs`` of ``num_epochs`` epochs; empty where it is not its turn.
+
+        Raises:
+          RunFailure: a reward failed.
+        """
+        if epochs % self._every and epochs != num_epochs:
+            return {}
+        try:
+            now = self.scores(params)
+        except RewardError as error:
+            why = "the epochs before are saved, the same command goes on from here"
+            raise RunFailure(f"evaluation after epoch {epochs - 1}: {error}; {why}") from error
+        self.warn(now, self._untrained)
+        return self.row(now, self._untrained, 1 + math.ceil(epochs / self._every))
 
     def scores(self, params: Params) -> Scores:
         """Every reward, its parts as ``name/part``, and the diversity of the images of each prompt, of a policy.

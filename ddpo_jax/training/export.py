@@ -11,6 +11,7 @@ from ddpo_jax.errors import InputError
 from ddpo_jax.models import lora, pipeline
 from ddpo_jax.models.functional import flat_params, put
 from ddpo_jax.training.trained import Epoch, read_config, read_params
+from ddpo_jax.workdir.files import folder_to_write, writing
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name that load_lora_weights looks for in a folder
 FORMATS = ("auto", "folder", "lora")
@@ -27,24 +28,28 @@ def export(workdir: str, out: str, epoch: Epoch = "latest", ema: bool = False, f
       form: "folder", "lora", or "auto": what was trained.
 
     Raises:
-      InputError: there is no such run or checkpoint, or ``form`` does not fit what was trained.
+      InputError: there is no such run or checkpoint, ``form`` does not fit what was trained, or ``out`` cannot be
+        written.
+      RunFailure: the disk is full.
     """
     config = read_config(workdir)
     folder = pathlib.Path(out).expanduser()
     rank = config.train.lora_rank
     if form == "lora" and not rank:
         raise InputError("--format: received 'lora'; the run trained the whole UNet; use --format=folder")
-    if folder.is_file():
-        raise InputError(f"--out: received '{out}'; it is a file; give a folder")
     if folder.exists() and folder.resolve() == pathlib.Path(config.model).expanduser().resolve():
         raise InputError(f"--out: received '{out}'; that is the model the run started from; give another folder")
+    folder_to_write(out, "--out")
     number, params = read_params(workdir, config, epoch, ema)
     what = f"epoch {number} of {workdir}" + (", averaged" if ema else "")
     if rank and form != "folder":
-        lora.save(folder / LORA_FILE, params)
+        with writing(folder / LORA_FILE):
+            lora.save(folder / LORA_FILE, params)
         layers = len(params) // 2
         return f"{what}: adapters of rank {rank} on {layers} layers of {config.model} -> {folder / LORA_FILE}"
-    pipeline.save(trained_pipeline(config, params), folder)
+    pipe = trained_pipeline(config, params)
+    with writing(folder):
+        pipeline.save(pipe, folder)
     return f"{what}: {config.model} with {'merged adapters' if rank else 'its trained UNet'} -> {folder}"
 
 

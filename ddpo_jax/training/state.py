@@ -27,7 +27,7 @@ def save(
     force: bool,
 ) -> None:
     """Starts saving the state after ``epochs`` finished epochs, if it is their turn or ``force`` is set."""
-    saver.save(epochs, saved_arrays(parts, state, stats), {}, reward, force)
+    saver.save(epochs, saved_arrays(parts, state, stats), reward, force)
 
 
 def restore(saver: checkpoint.Checkpointer, parts: Parts, stats: PromptStats) -> tuple[TrainState, int]:
@@ -36,7 +36,7 @@ def restore(saver: checkpoint.Checkpointer, parts: Parts, stats: PromptStats) ->
     found = saver.restore(saved_arrays(parts, state, stats))
     if found is None:
         return state, 0
-    epochs, arrays, _ = found
+    epochs, arrays = found
     stats.load_state_dict(arrays["prompt_stats"])
     parts.replay.load_state_dict(arrays["replay"])
     return arrays["state"], epochs

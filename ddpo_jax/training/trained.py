@@ -9,20 +9,22 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from ddpo_jax import sharding
 from ddpo_jax.config import default_config
-from ddpo_jax.config.defaults import FAMILIES
-from ddpo_jax.config.keys import flatten, from_json
 from ddpo_jax.config.resolve import resolve
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import lora
 from ddpo_jax.models.functional import check_shapes
 from ddpo_jax.training.build import Model, load_model, make_sampler
 from ddpo_jax.types import Params
-from ddpo_jax.workdir.checkpoint import Checkpointer
+from ddpo_jax.workdir.checkpoint import Checkpointer, Damaged
+from ddpo_jax.workdir.folder import read_config
+
+__all__ = ["Epoch", "draw", "load_base", "load_trained", "read_config", "read_params"]
 
 Epoch = int | str  # finished epochs of a checkpoint, or "latest", or "best" (by mean reward)
 
@@ -114,23 +116,6 @@ def draw(
     return sampler.images(params, names, numbers, jax.random.key(seed), size)
 
 
-def read_config(workdir: str | os.PathLike[str]) -> ConfigDict:
-    """The config that a run was started with, as it was resolved.
-
-    Raises:
-      InputError: there is none, or it is of another version of this package.
-    """
-    path = pathlib.Path(workdir).expanduser() / "config.json"
-    if not path.is_file():
-        raise InputError(f"--workdir: received '{workdir}'; there is no config.json in it; give the folder of a run")
-    config = from_json(path.read_text(encoding="utf-8"))
-    known = [key for key in flatten(default_config()) if key.partition(".")[0] not in FAMILIES]
-    absent = sorted(set(known) - set(flatten(config)))
-    if absent:
-        raise InputError(f"{path}: it lacks {', '.join(absent)}; it is of another version; use the one that wrote it")
-    return config
-
-
 def read_params(
     workdir: str | os.PathLike[str], config: ConfigDict, epoch: Epoch = "latest", ema: bool = False
 ) -> tuple[int, dict[str, np.ndarray]]:
@@ -141,20 +126,30 @@ def read_params(
     if ema and not config.train.ema_decay:
         raise InputError("--ema: the run kept no average (train.ema_decay=0); it must be above 0; leave out --ema")
     with Checkpointer(pathlib.Path(workdir).expanduser(), read_only=True) as saver:
-        number = _number(saver, epoch)
-        return number, saver.read(number, "state/ema" if ema else "state/params")
+        numbers, damaged = _numbers(saver, epoch), []
+        for number in numbers:
+            try:
+                params = saver.read(number, "state/ema" if ema else "state/params")
+            except Damaged as error:
+                damaged.append(str(error))
+                continue
+            for fault in damaged:
+                logging.warning("%s; epoch %d is taken", fault, number)
+            return number, params
+    raise InputError("\n".join(damaged))
 
 
-def _number(saver: Checkpointer, epoch: Epoch) -> int:
+def _numbers(saver: Checkpointer, epoch: Epoch) -> list[int]:
+    """The checkpoints that ``epoch`` may mean, the first that can be read first."""
     there = saver.epochs()
     if not there:
         raise InputError(f"checkpoints: {saver.folder} holds none yet; wait for the first epoch of the run")
-    if epoch == "latest":
-        return there[-1]
+    best = saver.best_epoch()
+    if epoch == "latest" or (epoch == "best" and best is None):
+        return there[::-1]
     if epoch == "best":
-        best = saver.best_epoch()
-        return there[-1] if best is None else best
+        return [int(best or 0)]
     if str(epoch).isdecimal() and int(epoch) in there:
-        return int(epoch)
+        return [int(epoch)]
     numbers = ", ".join(map(str, there))
     raise InputError(f"--epoch: received {epoch!r}; saved in {saver.folder} are {numbers}; use one, latest or best")

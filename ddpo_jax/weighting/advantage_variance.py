@@ -62,7 +62,7 @@ def _row(config: ConfigDict, num_steps: int) -> Float[np.ndarray, " T"]:
         variance = np.asarray(table["branch_variance"]["mean"], np.float64)
     except OSError as error:
         raise InputError(f"{received}; it cannot be read: {error.strerror}; {how}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{received}; it holds no row branch_variance.mean of numbers; {how}") from error
     if variance.shape != (num_steps,):
         raise InputError(

@@ -2,24 +2,35 @@
 
 A checkpoint is a folder ``checkpoints/<epoch>`` that orbax writes under a temporary name and renames when it is
 complete, so a process killed in mid-save leaves the earlier ones as they were. Inside: ``arrays`` (one entry per leaf,
-named by its path in the tree), ``meta`` (JSON) and ``metrics`` (the mean reward, by which the best one is kept).
+named by its path in the tree, and ``checksums.json``, by which a byte that changed on disk is noticed) and ``metrics``
+(the mean reward, by which the best one is kept).
 
 The number of a checkpoint is the number of *finished* epochs: a run that restores ``epoch`` goes on with that epoch.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
+import math
 import os
 import pathlib
+import re
+import shutil
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
+from absl import logging
 
-from ddpo_jax.errors import InputError
+from ddpo_jax.errors import InputError, Interrupted, RunFailure, one_line
+from ddpo_jax.workdir import checksums
+from ddpo_jax.workdir.checksums import Damaged
+
+__all__ = ["Checkpointer", "Damaged"]
 
 
 class Checkpointer:
@@ -42,110 +53,178 @@ class Checkpointer:
             if value < 1:
                 raise InputError(f"{key}: received {value}; expected an integer of at least 1")
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
-        self._every = every
-        self._held: tuple[Any, ...] | None = None  # arguments of ``_write``: an epoch that is not on disk
+        self._every, self._keep, self._read_only = every, keep, read_only
+        self._held: tuple[int, dict[str, Any], float] | None = None  # arguments of ``_write``: not on disk yet
         if read_only and not self.folder.is_dir():
             raise InputError(f"checkpoints: no folder {self.folder}; give the --workdir of a run that has saved")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"checkpoints: cannot make the folder {self.folder}: {error.strerror}") from error
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(keep), policies.BestN(get_metric_fn=_reward, n=1)]
-            ),
-            best_fn=_reward,
-            cleanup_tmp_directories=not read_only,
-            enable_async_checkpointing=True,
-            read_only=read_only,
-            create=not read_only,
-        )
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            options=options,
-            item_handlers={"arrays": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()},
-        )
+        self._rewards: dict[int, float] = {}  # mean reward of each checkpoint
+        self._manager = self._open()
 
-    def save(self, epoch: int, arrays: Any, meta: dict[str, Any], reward_mean: float, force: bool = False) -> bool:
+    def _open(self) -> ocp.CheckpointManager:
+        read_only = {
+            "read_only": True,
+            "create": False,
+            "cleanup_tmp_directories": False,
+            "save_interval_steps": 0,  # orbax warns of any other number
+        }
+        registry, handler = ocp.handlers.DefaultCheckpointHandlerRegistry(), _Arrays()
+        for kind in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+            registry.add("arrays", kind, handler)
+        registry.add("metrics", ocp.args.JsonSave, ocp.JsonCheckpointHandler(filename="metrics"))
+        manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=_NewestAndBest(self._keep, self._rewards),
+                enable_async_checkpointing=True,
+                **(read_only if self._read_only else {"create": True, "cleanup_tmp_directories": True}),
+            ),
+            handler_registry=registry,
+        )
+        for epoch in manager.all_steps():
+            self._rewards[epoch] = _reward(self.folder / str(epoch))
+        return manager
+
+    def save(self, epoch: int, arrays: Any, reward_mean: float, force: bool = False) -> bool:
         """Starts writing a checkpoint and returns when the arrays may be changed or donated.
 
         Args:
           epoch: number of finished epochs; saved if it is a multiple of ``every``, else copied to the host: the updates
             that follow donate the arrays, and a failure in them would lose every epoch since the last checkpoint.
-          arrays: any pytree of jax arrays, typed PRNG keys and numpy arrays. Where several processes run, numpy arrays
-            are process 0's.
-          meta: what JSON can hold.
+          arrays: any pytree of jax arrays and numpy arrays. Where several processes run, numpy arrays are process 0's.
           reward_mean: of the epoch just finished; ranks the checkpoints. Minus infinity: never the best of several.
           force: save whatever ``every`` says (the last epoch, a signal).
 
         Returns:
           Whether a save was started; False if it is not its turn or this epoch is already there.
-        """
-        if epoch in self._manager.all_steps():
-            return False
-        stored, empty = _to_stored(arrays)
-        if not force and epoch % self._every:
-            copies = {name: np.array(leaf) if isinstance(leaf, jax.Array) else leaf for name, leaf in stored.items()}
-            self._held = (epoch, copies, empty, meta, reward_mean)
-            return False
-        self._held = None
-        return self._write(epoch, stored, empty, meta, reward_mean)
 
-    def _write(
-        self, epoch: int, stored: dict[str, Any], empty: dict[str, Any], meta: dict[str, Any], reward_mean: float
-    ) -> bool:
+        Raises:
+          RunFailure: this checkpoint, or the one whose save was started before, cannot be written.
+        """
+        with self._writing():
+            self._manager.check_for_errors()
+            if epoch in self._manager.all_steps():
+                return False
+            stored = _to_stored(arrays)
+            if not force and epoch % self._every:
+                copies = {
+                    name: np.array(leaf) if isinstance(leaf, jax.Array) else leaf for name, leaf in stored.items()
+                }
+                self._held = (epoch, copies, reward_mean)
+                return False
+            self._held = None
+            return self._write(epoch, stored, reward_mean)
+
+    def _write(self, epoch: int, stored: dict[str, Any], reward_mean: float) -> bool:
+        if not self.folder.is_dir():
+            if not self.folder.parent.is_dir():
+                raise RunFailure(f"{self.folder.parent} was removed or renamed while the run went on")
+            logging.warning("%s was removed while the run went on: it is made again", self.folder)
+            with contextlib.suppress(Exception):  # what it still had to write has no place any more
+                self._manager.close()
+            self.folder.mkdir()
+            self._manager = self._open()
+        self._rewards[epoch] = -math.inf if math.isnan(reward_mean) else float(reward_mean)
+        metrics = ocp.args.JsonSave({"reward_mean": self._rewards[epoch]})
         return self._manager.save(
-            epoch,
-            args=ocp.args.Composite(
-                arrays=ocp.args.PyTreeSave(stored),
-                meta=ocp.args.JsonSave({"meta": meta, "empty": empty}),
-            ),
-            metrics={"reward_mean": float(reward_mean)},
-            force=True,
+            epoch, args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(stored), metrics=metrics), force=True
         )
 
-    def restore(self, like: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """The latest complete checkpoint as ``(epoch, arrays, meta)``, or None if there is none.
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except RunFailure:
+            raise
+        except Exception as error:  # orbax and what it stands on raise many kinds
+            raise RunFailure(
+                f"a checkpoint cannot be written to {self.folder}: {_cause(error)}; mend that, and the same command "
+                "goes on from the last one that is complete"
+            ) from error
+
+    def restore(self, like: Any) -> tuple[int, Any] | None:
+        """The latest checkpoint that is not damaged as ``(epoch, arrays)``, or None if there is none at all.
+
+        Damaged ones are renamed to ``<epoch>.damaged``, with a line in the log, because their epochs are run again.
 
         Args:
           like: a tree of the same structure, whose leaves say what is wanted: jax arrays (or ``jax.ShapeDtypeStruct``)
             their shape, dtype and sharding; numpy arrays their dtype and all but the leading length.
 
         Raises:
-          InputError: the checkpoint is damaged, not ours, or of another configuration.
+          InputError: the checkpoint is of another configuration, or all there are are damaged or not ours.
         """
-        epoch = self.latest_epoch()
-        return None if epoch is None else (epoch, *self.restore_epoch(epoch, like))
+        self.wait()
+        damaged: dict[int, str] = {}
+        for epoch in reversed(self.epochs()):
+            try:
+                arrays = self.restore_epoch(epoch, like)
+            except Damaged as error:
+                damaged[epoch] = str(error)
+                continue
+            for number, fault in damaged.items():
+                logging.warning("%s; the run goes on from epoch %d", fault, epoch)
+                self._set_aside(number)
+            return epoch, arrays
+        if damaged:
+            raise InputError(
+                f"{damaged[max(damaged)]}; of all there are ({', '.join(map(str, damaged))}) none can be read; put one "
+                f"back from a copy; to start anew use another --workdir, or delete {self.folder}"
+            )
+        return None
 
-    def restore_epoch(self, epoch: int, like: Any) -> tuple[Any, dict[str, Any]]:
-        """``(arrays, meta)`` of one checkpoint; see ``restore``."""
+    def _set_aside(self, epoch: int) -> None:
+        if not self._read_only:
+            aside = self.folder / f"{epoch}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            with self._writing():
+                os.rename(self.folder / str(epoch), aside)
+                self._manager.reload()
+
+    def restore_epoch(self, epoch: int, like: Any) -> Any:
+        """The arrays of one checkpoint; see ``restore``.
+
+        Raises:
+          Damaged: it cannot be read.
+          InputError: there is no such checkpoint, or it is of another configuration.
+        """
+        wanted = _flatten(like)
+        with self._reading(epoch):
+            stored = {
+                name: (tuple(entry.shape), np.dtype(entry.dtype))
+                for name, entry in dict(self._manager.item_metadata(epoch)["arrays"].tree).items()
+            }
+            # orbax writes no array without elements: an empty buffer is wanted, and there is none.
+            empty = {name for name, leaf in wanted.items() if name not in stored and _is_empty(leaf)}
+            _compare(self.folder / str(epoch), {n: leaf for n, leaf in wanted.items() if n not in empty}, stored)
+            restore_args = {name: _restore_args(leaf) for name, leaf in wanted.items() if name not in empty}
+            item = dict.fromkeys(restore_args, 0)
+            values = self._manager.restore(
+                epoch, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(item, restore_args=restore_args))
+            )["arrays"]
+        leaves = [np.array(leaf) if name in empty else values[name] for name, leaf in wanted.items()]
+        return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+    @contextlib.contextmanager
+    def _reading(self, epoch: int) -> Iterator[None]:
+        """Around whatever reads a checkpoint; its files are verified first."""
         self.wait()
         folder = self.folder / str(epoch)
         if epoch not in self._manager.all_steps():
             raise InputError(f"checkpoints: no epoch {epoch} in {self.folder}; there are: {self.epochs()}")
+        verified = checksums.verify(folder / "arrays")
+        if not verified and not (folder / "meta").is_dir():  # which the versions wrote that wrote no checksums
+            raise Damaged(f"checkpoint {folder} is damaged: arrays/{checksums.FILE} is missing")
         try:
-            described = self._manager.restore(epoch, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-            meta, empty = described["meta"], described["empty"]
-            stored_shapes = {
-                name: (tuple(entry.shape), np.dtype(entry.dtype))
-                for name, entry in dict(self._manager.item_metadata(epoch)["arrays"].tree).items()
-            }
+            yield
+        except InputError:
+            raise
         except Exception as error:  # orbax raises many kinds for a folder that is not what it wrote
-            raise InputError(_damaged(folder, error)) from error
-        stored_shapes |= {name: (tuple(shape), np.dtype(dtype)) for name, (shape, dtype) in empty.items()}
-        wanted = _flatten(like)
-        _compare(folder, wanted, stored_shapes)
-        restore_args = {name: _restore_args(leaf) for name, leaf in wanted.items() if name not in empty}
-        item = {name: 0 for name in restore_args}
-        try:
-            values = self._manager.restore(
-                epoch, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(item, restore_args=restore_args))
-            )["arrays"]
-        except Exception as error:
-            raise InputError(_damaged(folder, error)) from error
-        values |= {name: np.zeros(*stored_shapes[name]) for name in empty}
-        leaves = [_from_stored(values[name], leaf) for name, leaf in wanted.items()]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), meta
+            kind = InputError if verified else Damaged  # as it was written: then something else is wrong
+            raise kind(f"checkpoint {folder} cannot be read ({one_line(error)[:300]})") from error
 
     def read(self, epoch: int, prefix: str) -> dict[str, np.ndarray]:
         """Some arrays of one checkpoint, by name, whatever else it holds and whichever devices wrote it.
@@ -158,12 +237,10 @@ class Checkpointer:
           Host arrays by the rest of their path; empty if there are none.
 
         Raises:
-          InputError: no such checkpoint, or it is damaged.
+          Damaged: it cannot be read.
+          InputError: there is no such checkpoint.
         """
-        self.wait()
-        if epoch not in self._manager.all_steps():
-            raise InputError(f"checkpoints: no epoch {epoch} in {self.folder}; there are: {self.epochs()}")
-        try:
+        with self._reading(epoch):
             stored = dict(self._manager.item_metadata(epoch)["arrays"].tree)
             names = [name for name in stored if name.startswith(f"{prefix}/")]
             if not names:
@@ -174,8 +251,6 @@ class Checkpointer:
                 partial_restore=True,
             )
             values = self._manager.restore(epoch, args=ocp.args.Composite(arrays=arguments))["arrays"]
-        except Exception as error:  # orbax raises many kinds for a folder that is not what it wrote
-            raise InputError(_damaged(self.folder / str(epoch), error)) from error
         return {name[len(prefix) + 1 :]: values[name] for name in names}
 
     def epochs(self) -> list[int]:
@@ -188,33 +263,82 @@ class Checkpointer:
 
     def best_epoch(self) -> int | None:
         """The checkpoint with the highest mean reward."""
-        return self._manager.best_step()
+        return max(self.epochs(), key=lambda epoch: (self._rewards.get(epoch, -math.inf), epoch), default=None)
 
     def wait(self) -> None:
-        """Blocks until a save in progress is complete; raises what it raised."""
-        self._manager.wait_until_finished()
+        """Blocks until a save in progress is complete.
+
+        Raises:
+          RunFailure: it could not be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and frees the writer's threads."""
-        self._manager.close()
+        """Waits, see ``wait``, and frees the writer's threads."""
+        try:
+            self.wait()
+        finally:
+            with contextlib.suppress(Exception):  # of the failed save once more
+                self._manager.close()
 
     def __enter__(self) -> Checkpointer:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         try:
-            if error is not None and self._held is not None:
-                self._write(*self._held)
-        finally:
-            self.close()
+            try:
+                if error is not None and self._held is not None:
+                    with self._writing():
+                        self._write(*self._held)
+            finally:
+                self.close()
+        except RunFailure as failure:
+            if not isinstance(error, RunFailure | Interrupted):
+                raise
+            if str(failure) not in str(error):
+                raise RunFailure(f"{error}; but {failure}") from error
 
 
-def _reward(metrics: dict[str, float]) -> float:
-    return metrics["reward_mean"]
+class _Arrays(ocp.PyTreeCheckpointHandler):
+    """Writes checksums beside the arrays, as part of what is renamed when it is complete."""
+
+    def finalize(self, directory: Any) -> None:
+        super().finalize(directory)
+        checksums.write(pathlib.Path(directory))
 
 
-def _is_key(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _cause(error: BaseException) -> str:
+    """What a person needs of the exception: the operating system's words, which tensorstore puts into long texts."""
+    known: BaseException | None = error
+    while known is not None:
+        if isinstance(known, OSError) and known.strerror:
+            return known.strerror
+        if found := re.search(r"\[OS error \d+: (?:E[A-Z0-9]+ )?([^\]]+)\]", str(known)):
+            return found.group(1)
+        known = known.__cause__ or known.__context__
+    return one_line(error)[:300]
+
+
+class _NewestAndBest:
+    """Which checkpoints orbax keeps."""
+
+    def __init__(self, keep: int, rewards: dict[int, float]):
+        self._keep, self._rewards = keep, rewards
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Of each checkpoint, oldest first."""
+        epochs = [info.step for info in checkpoints]
+        best = max(epochs, key=lambda epoch: (self._rewards.get(epoch, -math.inf), epoch), default=None)
+        return [epoch == best or epoch in epochs[-self._keep :] for epoch in epochs]
+
+
+def _reward(folder: pathlib.Path) -> float:
+    """The mean reward of a checkpoint; minus infinity if nothing says it: then it is never the best of several."""
+    try:
+        return float(json.loads((folder / "metrics" / "metrics").read_text(encoding="utf-8"))["reward_mean"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return -math.inf
 
 
 def _flatten(tree: Any) -> dict[str, Any]:
@@ -222,22 +346,21 @@ def _flatten(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
-def _to_stored(tree: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What orbax writes, and the shapes of the arrays without elements, which it refuses to write."""
+def _to_stored(tree: Any) -> dict[str, Any]:
+    """What orbax writes: arrays without elements are left out, because it refuses them."""
     stored: dict[str, Any] = {}
-    empty: dict[str, Any] = {}
     for name, leaf in _flatten(tree).items():
-        if _is_key(leaf):
-            leaf = jax.random.key_data(leaf)
         if not isinstance(leaf, jax.Array):
             leaf = np.array(leaf)  # a copy: the caller may go on writing into its own
         elif leaf.is_fully_replicated and jax.process_count() == 1:
             leaf = leaf.addressable_data(0)  # of a replicated array orbax has every device cut and write a slice
         if leaf.size:
             stored[name] = leaf
-        else:
-            empty[name] = [list(leaf.shape), leaf.dtype.name]
-    return stored, empty
+    return stored
+
+
+def _is_empty(leaf: Any) -> bool:
+    return not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and np.size(leaf) == 0
 
 
 def _restore_args(leaf: Any) -> ocp.RestoreArgs:
@@ -247,20 +370,12 @@ def _restore_args(leaf: Any) -> ocp.RestoreArgs:
     return ocp.ArrayRestoreArgs(sharding=sharding)
 
 
-def _from_stored(value: Any, leaf: Any) -> Any:
-    if _is_key(leaf):
-        return jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf))
-    return value
-
-
 def _compare(folder: pathlib.Path, wanted: dict[str, Any], stored: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None:
     """Raises InputError that lists what is missing, left over, or of another shape or dtype."""
     faults = [f"missing: {name}" for name in wanted if name not in stored]
     faults += [f"unexpected: {name}" for name in stored if name not in wanted]
     for name in wanted.keys() & stored.keys():
         leaf = wanted[name]
-        if _is_key(leaf):
-            leaf = jax.eval_shape(jax.random.key_data, leaf)
         on_device = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
         leaf = leaf if on_device else np.asarray(leaf)
         shape, dtype = stored[name]
@@ -270,11 +385,3 @@ def _compare(folder: pathlib.Path, wanted: dict[str, Any], stored: dict[str, tup
     if faults:
         shown = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
         raise InputError(f"checkpoint {folder} is of another configuration: {shown}. Use another --workdir.")
-
-
-def _damaged(folder: pathlib.Path, error: Exception) -> str:
-    cause = " ".join(str(error).split())[:300]
-    return (
-        f"checkpoint {folder} cannot be read ({type(error).__name__}: {cause}). If it is not of this run, use another "
-        f"--workdir; if it is damaged, delete that folder and the run resumes from the one before."
-    )

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import signal
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
 from absl import logging
 from ml_collections import ConfigDict
 
-from ddpo_jax.config.keys import flatten, from_json, to_json
+from ddpo_jax.config import default_config
+from ddpo_jax.config.defaults import FAMILIES, KEYS, OPEN
+from ddpo_jax.config.keys import TYPE_NAMES, flatten, from_json, from_object, get, put, to_json
+from ddpo_jax.config.model import read_json
+from ddpo_jax.config.override import declared_type
+from ddpo_jax.config.validate import RULES
 from ddpo_jax.errors import InputError, Interrupted
-from ddpo_jax.workdir import metrics
+from ddpo_jax.workdir import files, metrics
 
 # What a resumed run may change, besides log.* and mesh.*.
-FREE = ("checkpoint.every", "checkpoint.keep", "train.microbatch_size")
+FREE = ("checkpoint.every", "checkpoint.keep", "train.microbatch_size", "reward.wait_s")
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def diff_that_matters(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -31,7 +39,7 @@ def diff_that_matters(old: ConfigDict, new: ConfigDict) -> list[str]:
     before, after = (flatten(from_json(to_json(config))) for config in (old, new))  # tuples in both
     lines = []
     for key in before | after:
-        if key.startswith(("log.", "mesh.")) or key in FREE:
+        if _is_free(key):
             continue
         was, now = before.get(key, "absent"), after.get(key, "absent")
         if was == now or (key == "num_epochs" and now > was):
@@ -41,47 +49,125 @@ def diff_that_matters(old: ConfigDict, new: ConfigDict) -> list[str]:
     return lines
 
 
+def read_config(workdir: str | os.PathLike[str], complete: bool = True) -> ConfigDict:
+    """The config that a run was started with, as it was resolved; every key that is there has the right kind of value.
+
+    Args:
+      workdir: folder of the run.
+      complete: refuse one that lacks keys, which another version of this package wrote. Keys that a resumed run may
+        change get their defaults.
+
+    Raises:
+      InputError: there is none, or one line for each of its faults.
+    """
+    path = pathlib.Path(workdir).expanduser() / "config.json"
+    if not path.exists():
+        raise InputError(f"--workdir: received '{workdir}'; there is no config.json in it; give the folder of a run")
+    config, reference = from_object(read_json(path), str(path)), default_config()
+    given = flatten(config)
+    absent = [key.name for key in KEYS if key.name not in given]
+    for name in [name for name in absent if _is_free(name) and name not in OPEN]:
+        section = name.partition(".")[0]
+        if isinstance(config[section] if section in config else None, ConfigDict):
+            with config.unlocked():
+                put(config, name, get(reference, name))
+            absent.remove(name)
+    names = {f"{family}.name" for family in FAMILIES}
+    if missing := sorted(absent if complete else names & set(absent)):
+        raise InputError(f"{path}: it lacks {', '.join(missing)}; it is of another version; use the one that wrote it")
+    faults = []
+    for key in (key for key in KEYS if key.name in given):
+        value, kind = given[key.name], declared_type(reference, key.name)
+        elements = {type(item) for item in value} if isinstance(value, tuple) else set()
+        right = type(value) is kind or kind is float and type(value) is int
+        if kind is not None and (not right or elements > {str}):
+            shown = " ".join(repr(value).split())[:80]
+            faults.append(f"{path}, {key.name}: received {shown}; it must be {TYPE_NAMES.get(kind, kind)}")
+        elif key.name in RULES and not RULES[key.name][0](value):
+            faults.append(f"{path}, {key.name}: received {value!r}; {RULES[key.name][1]}")
+    if faults:
+        raise InputError("\n".join(f"{fault}; restore the file or use another folder" for fault in faults))
+    return config
+
+
 def refuse_other_run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes ``config.json``; a folder that holds another run is refused, naming what differs."""
     path = workdir / "config.json"
-    if path.exists() and (faults := diff_that_matters(from_json(path.read_text()), config)):
-        raise InputError("\n".join(faults))
-    workdir.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_json(config))
-    os.replace(temporary, path)  # a process that is killed here leaves no half of a file
+    if path.exists():
+        before = read_config(workdir)
+        if faults := diff_that_matters(before, config):
+            raise InputError("\n".join(faults))
+        if to_json(before) == to_json(config):
+            return
+    files.write_text(path, to_json(config))
 
 
 def finish(workdir: pathlib.Path) -> None:
     """Draws the curve and says how far the reward rose and where everything is."""
     rows = metrics.read_metrics(workdir)
+    if not rows:
+        logging.info("%s has no %s any more: there is no curve to draw", workdir, metrics.FILE)
+        return
     metrics.plot_curve(workdir / "reward.png", {workdir.name: rows})
-    first, last = rows[0], rows[-1]
-    rise = last["reward/mean"] - first["reward/mean"]
+    first, last = rows[0]["reward/mean"], rows[-1]["reward/mean"]
+    if first is None or last is None:
+        rise = "reward not finite"
+    else:
+        deviations = (last - first) / max(rows[0].get("reward/std") or 0.0, 1e-12)
+        by = f"{last - first:+.4g}: {deviations:+.2f} standard deviations of the first epoch"
+        rise = f"reward {first:.4g} -> {last:.4g} ({by})"
     logging.info(
-        "reward %.4g -> %.4g (%+.4g: %+.2f standard deviations of the first epoch) in %d queries. "
-        "In %s: reward.png, samples/, metrics.jsonl, TensorBoard events, checkpoints/",
-        *(first["reward/mean"], last["reward/mean"], rise, rise / max(first["reward/std"], 1e-12)),
-        *(last["reward_queries"], workdir),
+        "%s in %d queries. In %s: reward.png, samples/, metrics.jsonl, TensorBoard events, checkpoints/",
+        *(rise, rows[-1]["reward_queries"], workdir),
     )
 
 
 class Signals:
-    """Notes SIGTERM and SIGINT so that the epoch in progress can finish; a second one ends the process at once."""
+    """Notes SIGTERM, SIGINT and SIGHUP (a closed terminal), so that the epoch in progress can finish and be saved.
 
-    def __init__(self) -> None:
+    A second one stops the run at once where ``stoppable`` allows it; elsewhere, such as in a save, it is only noted.
+    What was ignored before (SIGHUP under nohup) stays so.
+
+    Args:
+      waits_for: says what the run waits for, for the log; empty if it is computing.
+    """
+
+    def __init__(self, waits_for: Callable[[], str]) -> None:
         self.received = 0
+        self._waits_for = waits_for
+        self._stoppable = False
 
     def __enter__(self) -> Signals:
-        self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._old = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """Around what may be broken off at any moment, because the run can do it again."""
+        self._stoppable = True
+        try:
+            yield
+        finally:
+            self._stoppable = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
-            raise Interrupted(number, "stopped at once; the last saved epoch stands")
-        self.received = number
-        logging.warning("received %s: saving after this epoch; once more stops at once", signal.Signals(number).name)
+        name, waits_for = signal.Signals(number).name, self._waits_for()
+        if not self.received:
+            self.received = number
+            waiting = f" (it waits for {waits_for})" if waits_for else ""
+            logging.warning("received %s: saving after this epoch%s; once more stops at once", name, waiting)
+        elif self._stoppable:
+            self._stoppable = False
+            waiting = f" while it waited for {waits_for}" if waits_for else ""
+            raise Interrupted(number, f"stopped at once{waiting}; the same command goes on from the last saved epoch")
+        else:
+            logging.warning("received %s: the run ends as soon as it is saved", name)
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+
+
+def _is_free(key: str) -> bool:
+    return key.startswith(("log.", "mesh.")) or key in FREE

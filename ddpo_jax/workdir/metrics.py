@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -12,18 +13,21 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 import numpy as np
+from absl import logging
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from ddpo_jax.errors import InputError
-from ddpo_jax.workdir import grid
+from ddpo_jax.errors import InputError, one_line
+from ddpo_jax.workdir import files, grid
+from ddpo_jax.workdir.events import Events
 
 FILE = "metrics.jsonl"
 
 
 class Writer:
     """Writes ``metrics.jsonl``, TensorBoard events and the pictures in ``samples/`` into the folder of a run.
+
+    Whatever cannot be written (a full disk, a folder that was taken away) is a ``RunFailure``.
 
     Args:
       workdir: the folder; made if it does not exist.
@@ -33,36 +37,46 @@ class Writer:
 
     def __init__(self, workdir: str | os.PathLike[str], start_epoch: int = 0):
         self._workdir = pathlib.Path(workdir)
-        (self._workdir / "samples").mkdir(parents=True, exist_ok=True)
         self._path = self._workdir / FILE
-        self._truncate(start_epoch)
-        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._events = SummaryWriter(logdir=str(self._workdir), purge_step=start_epoch if start_epoch else None)
-
-    def _truncate(self, start_epoch: int) -> None:
         rows = [row for row in read_metrics(self._workdir) if row["epoch"] < start_epoch]
-        temporary = self._path.with_suffix(".tmp")
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self._path)
+        if absent := sorted(set(range(start_epoch)) - {row["epoch"] for row in rows}):
+            logging.warning(
+                "%s lacks %d of the %d epochs that are trained, from epoch %d on: they are not written again",
+                *(self._path, len(absent), start_epoch, absent[0]),
+            )
+        self._lines = [json.dumps(row) + "\n" for row in rows]
+        with files.writing(self._workdir):
+            (self._workdir / "samples").mkdir(parents=True, exist_ok=True)
+        self._file = self._open()
+        self._events = Events(self._workdir, start_epoch)
+
+    def _open(self) -> int:
+        """Writes all lines there are into a new file and opens it to append more."""
+        files.write_text(self._path, "".join(self._lines))
+        with files.writing(self._path):
+            return os.open(self._path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Appends one epoch, on disk when this returns.
+        """Appends one epoch, on disk when this returns. A file that was removed meanwhile is written again, whole.
 
         Args:
           row: ``epoch`` and scalars (Python, numpy or jax). A number that is not finite is written as null, because
             JSON has no word for it.
         """
         plain = {key: _plain(key, value) for key, value in row.items()}
-        line = json.dumps(plain, allow_nan=False) + "\n"
-        os.write(self._file, line.encode())  # one write to a file opened for appending: whole or not at all
-        os.fsync(self._file)
-        for key, value in plain.items():
-            if key != "epoch" and isinstance(value, int | float):
-                self._events.add_scalar(key, value, plain["epoch"])
-        self._events.flush()
+        self._lines.append(json.dumps(plain, allow_nan=False) + "\n")
+        if files.is_at(self._file, self._path):
+            with files.writing(self._path):
+                files.append(self._file, self._lines[-1].encode())
+                os.fsync(self._file)
+        else:
+            logging.warning("%s was removed while the run went on: it is written again", self._path)
+            os.close(self._file)
+            self._file = self._open()
+        self._events.scalars(
+            plain["epoch"],
+            {key: value for key, value in plain.items() if key != "epoch" and isinstance(value, int | float)},
+        )
 
     def images(
         self, epoch: int, images: np.ndarray, prompts: Sequence[str], rewards: Sequence[float] | np.ndarray
@@ -81,7 +95,7 @@ class Writer:
         title = f"epoch {epoch}   mean reward of these {len(images)}: {np.mean(rewards):.4g}"
         captions = [f"{prompt}\nreward {reward:.4g}" for prompt, reward in zip(prompts, rewards, strict=True)]
         picture = grid.captioned(images, captions, title)
-        self._show("samples", picture, epoch)
+        self._events.image(epoch, "samples", np.asarray(picture))
         return self._save(f"epoch_{epoch:04d}", picture)
 
     def fixed(self, epochs: int, images: np.ndarray, prompts: Sequence[str]) -> None:
@@ -97,21 +111,21 @@ class Writer:
         """
         title = f"after {epochs} epoch{'s' * (epochs > 1)}" if epochs else "before training"
         picture = grid.captioned(images, prompts, title)
-        self._show("fixed_prompts", picture, epochs)
+        self._events.image(epochs, "fixed_prompts", np.asarray(picture))
         path, before = self._save("after" if epochs else "before", picture), self._workdir / "samples" / "before.png"
         if path != before and before.exists():
-            with Image.open(before) as earlier:
+            try:
+                with Image.open(before) as earlier:
+                    earlier.load()
+            except (OSError, ValueError, SyntaxError) as error:  # Pillow raises these for what is no picture
+                logging.warning("%s cannot be read: %s; before_after.png is left out", before, one_line(error))
+            else:
                 self._save("before_after", grid.side_by_side([earlier, picture]))
-
-    def _show(self, tag: str, picture: Image.Image, step: int) -> None:
-        self._events.add_image(tag, np.asarray(picture), step, dataformats="HWC")
-        self._events.flush()
 
     def _save(self, name: str, picture: Image.Image) -> pathlib.Path:
         path = self._workdir / "samples" / f"{name}.png"
-        temporary = path.with_suffix(".tmp")
-        picture.save(temporary, format="PNG")
-        os.replace(temporary, path)
+        with files.replacing(path) as temporary:
+            picture.save(temporary, format="PNG")
         return path
 
     def close(self) -> None:
@@ -129,27 +143,57 @@ class Writer:
 def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The rows of ``workdir/metrics.jsonl`` in order; none if there is no file.
 
-    A last line without its end (a machine that lost power) is left out.
+    Every row has a whole number ``epoch`` and a number ``reward_queries``, both larger than those of the row before,
+    and ``reward/mean``; whatever has a slash in its name is a finite number or None. A last line without its end (a
+    machine that lost power) is left out.
 
     Raises:
-      InputError: any other line is not a JSON object with an ``epoch``.
+      InputError: the file cannot be read, or one of its other lines is not such a row.
     """
     path = pathlib.Path(workdir) / FILE
-    if not path.exists():
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    lines = path.read_bytes().split(b"\n")
-    rows = []
+    except (OSError, ValueError) as error:  # a folder in its place, no permission
+        raise InputError(
+            f"{path}: it cannot be read: {one_line(error)}; put the file back or use another folder"
+        ) from error
+    rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is empty or half a line
-        try:
-            row = json.loads(line)
-            row["epoch"] + 0
-        except (ValueError, TypeError, KeyError) as error:
+        row = _row(line)
+        if row is None or rows and not all(row[key] > rows[-1][key] for key in ("epoch", "reward_queries")):
             raise InputError(
-                f"{path}, line {number}: expected a JSON object with a number 'epoch'; received "
-                f"{line[:80].decode(errors='replace')!r}; use another --workdir or remove that line"
-            ) from error
+                f"{path}, line {number}: received {line[:80].decode(errors='replace')!r}; expected a JSON object with "
+                "ascending epoch and reward_queries, a reward/mean, and numbers or null; remove that line or use "
+                "another folder"
+            )
         rows.append(row)
     return rows
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    right = (
+        isinstance(row, dict)
+        and {"epoch", "reward_queries", "reward/mean"} <= row.keys()
+        and isinstance(row["epoch"], int)
+        and all(_number(row[key]) >= 0 for key in ("epoch", "reward_queries"))
+        and all(value is None or not math.isnan(_number(value)) for key, value in row.items() if "/" in key)
+    )
+    return row if right else None
+
+
+def _number(value: Any) -> float:
+    """``value`` if it is a finite number, else NaN, which compares false with everything."""
+    try:
+        number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.nan
+    return number if math.isfinite(number) else math.nan
 
 
 def _plain(key: str, value: Any) -> int | float | str | None:
@@ -182,12 +226,14 @@ def plot_curve(
     axes = figure.add_subplot()
     for label, rows in runs.items():
         points = [(row[x], row[y]) for row in rows if row[x] is not None and row[y] is not None]
-        axes.plot(*zip(*points, strict=True), label=label, linewidth=1.6, marker="o" if len(points) == 1 else None)
+        columns = zip(*points, strict=True) if points else ([], [])
+        axes.plot(*columns, label=label, linewidth=1.6, marker="o" if len(points) == 1 else None)
     axes.set_xlabel(x.replace("_", " "))
     axes.set_ylabel(y.replace("/", " "))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 class Progress:
@@ -216,19 +262,21 @@ class Progress:
 
     def phase(self, name: str) -> None:
         """Says what the epoch is at ("sampling"); shown on a terminal only."""
-        if self._bar is not None:
-            self._bar.set_description_str(f"{name:<10}")
+        with _if_someone_reads():
+            if self._bar is not None:
+                self._bar.set_description_str(f"{name:<10}")
 
     def update(self, row: Mapping[str, Any]) -> None:
         """One more epoch is done; ``row`` is what went to ``Writer.write``."""
         self._done += 1
         self._ends.append(time.monotonic())
         figures = f"reward {row['reward/mean']:.4g}  queries {row['reward_queries']}  {self._pace()}"
-        if self._bar is None:
-            print(f"epoch {self._done}/{self._total}  {figures}", file=self._stream, flush=True)
-        else:
-            self._bar.set_postfix_str(figures, refresh=False)
-            self._bar.update(1)
+        with _if_someone_reads():
+            if self._bar is None:
+                print(f"epoch {self._done}/{self._total}  {figures}", file=self._stream, flush=True)
+            else:
+                self._bar.set_postfix_str(figures, refresh=False)
+                self._bar.update(1)
 
     def _pace(self) -> str:
         """Mean of the last ten epochs; the first of the process compiles, so it says nothing of those to come."""
@@ -240,8 +288,14 @@ class Progress:
 
     def close(self) -> None:
         """Ends the bar."""
-        if self._bar is not None:
-            self._bar.close()
+        with _if_someone_reads():
+            if self._bar is not None:
+                self._bar.close()
+
+
+def _if_someone_reads() -> contextlib.AbstractContextManager[None]:
+    """The terminal that a run was started from may be closed, and a pipe's reader may end: the run goes on."""
+    return contextlib.suppress(OSError)
 
 
 def duration(seconds: float) -> str:

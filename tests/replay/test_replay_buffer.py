@@ -196,10 +196,10 @@ def test_a_checkpoint_brings_back_exactly_the_same_buffer(tmp_path, epochs):
     for epoch in range(3, 3 + epochs):
         ours.add(samples(epoch, rng(epoch).normal(size=4 + epoch), per_group=2), epoch)
     with Checkpointer(tmp_path) as saver:
-        saver.save(5, {"replay": ours.state_dict(), "step": np.int64(5)}, {}, 0.0)
+        saver.save(5, {"replay": ours.state_dict(), "step": np.int64(5)}, 0.0)
         restored = buffer(k=2, history=2)
         restored.add(samples(0, [1.0]), 0)  # is replaced
-        _, arrays, _ = saver.restore({"replay": buffer().state_dict(), "step": np.int64(0)})
+        _, arrays = saver.restore({"replay": buffer().state_dict(), "step": np.int64(0)})
     restored.load_state_dict(arrays["replay"])
     for mine, theirs in ((ours, restored), (restored, ours)):
         state = mine.state_dict()

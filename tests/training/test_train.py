@@ -6,9 +6,6 @@ import math
 import os
 import pathlib
 import signal
-import subprocess
-import sys
-import time
 import types
 
 import jax
@@ -254,50 +251,6 @@ def test_sigterm_saves_and_the_run_goes_on_exactly_and_further(folder, finished,
     train(tiny.tiny_ready(folder, num_epochs=3, **REWARD), tmp_path)
     assert values(tmp_path) == values(finished)
     np.testing.assert_array_equal(pixels(tmp_path, "after"), pixels(finished, "after"))
-
-
-def command(folder, workdir, task, **environment):
-    """``python -m ddpo_jax.main`` on the tiny model in another process, with this process's devices and cache."""
-    argv = [sys.executable, "-m", "ddpo_jax.main", *arguments(folder, workdir, task)]
-    path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        argv,
-        env=os.environ | {"PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def test_a_process_killed_inside_an_epoch_is_resumed_exactly(folder, finished, tmp_path):
-    """kill -9 while the second epoch is scored, as the first one may still be on its way to disk."""
-    killed = command(folder, tmp_path / "run", tmp_path / "task.py", TINY_KILL_AT="1")
-    output, _ = killed.communicate(timeout=300)
-    assert killed.returncode == -signal.SIGKILL, output
-    assert values(tmp_path / "run") == values(finished)[:1]
-    again = command(folder, tmp_path / "run", tmp_path / "task.py")
-    output, _ = again.communicate(timeout=300)
-    assert again.returncode == 0, output
-    assert "Traceback" not in output and "reward " in output
-    assert values(tmp_path / "run") == values(finished)
-
-
-@pytest.mark.slow
-def test_a_process_killed_at_any_moment_is_resumed_exactly(folder, finished, tmp_path):
-    """kill -9 at twelve moments between the first file and the end, saves included."""
-    rng = np.random.default_rng(0)
-    for attempt in range(12):
-        workdir = tmp_path / str(attempt)
-        process = command(folder, workdir, tmp_path / "task.py")
-        while process.poll() is None and not (workdir / "metrics.jsonl").exists():
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, 6))
-        process.kill()
-        process.communicate()
-        again = command(folder, workdir, tmp_path / "task.py")
-        output, _ = again.communicate(timeout=300)
-        assert again.returncode == 0, output
-        assert values(workdir) == values(finished), attempt
 
 
 # ---- an epoch ----

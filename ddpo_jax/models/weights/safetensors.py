@@ -15,6 +15,7 @@ import numpy as np
 from ddpo_jax.errors import InputError
 from ddpo_jax.models.weights.merge import listed
 from ddpo_jax.models.weights.torch_zip import read_pickle_tensors
+from ddpo_jax.workdir import files
 
 PathLike = str | os.PathLike[str]
 
@@ -128,14 +129,15 @@ def write_safetensors(
       tensors: by name.
       metadata: further texts for the file's header.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     header = {"format": "pt", **(metadata or {})}
-    partial.touch()
-    mode = partial.stat().st_mode  # as the umask has it; save_file leaves a file that only its owner can read
-    save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, partial, header)
-    os.chmod(partial, mode)
-    os.replace(partial, path)
+    with files.replacing(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask has it; save_file leaves a file that only its owner can read
+        try:
+            save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, partial, header)
+        except SafetensorError as error:  # of a full disk as well
+            raise OSError(str(error)) from error
+        os.chmod(partial, mode)
