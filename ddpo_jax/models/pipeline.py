@@ -22,9 +22,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
-from ddpo_jax.config.model import PINNED, local_folder
+from ddpo_jax.config.model import PINNED, local_folder, read_json
 from ddpo_jax.errors import InputError
-from ddpo_jax.models import keys, weights
+from ddpo_jax.models import keys, schema, weights
 from ddpo_jax.models.clip import CLIPText, CLIPTextConfig
 from ddpo_jax.models.tokenizer import Tokenizer
 from ddpo_jax.models.unet import UNet2DCondition, UNetConfig
@@ -213,13 +213,16 @@ def load(
       InputError: no such folder, no access to the hub, unsupported or inconsistent parts, tensors that do not fit.
     """
     folder, commit = _find(source, revision)
-    index = _json(folder / "model_index.json")
-    _check_index(index, folder)
-    configs = {name: _json(folder / name / "config.json") for name in _MODULES}
-    configs["scheduler"] = _json(folder / "scheduler" / "scheduler_config.json")
     # Every config is read before the first tensor, so that a mistake shows at once.
-    unet_config, vae_config = UNetConfig.from_dict(configs["unet"]), VAEConfig.from_dict(configs["vae"])
+    index, files = folder / "model_index.json", {name: folder / name / "config.json" for name in _MODULES}
+    _check_index(read_json(index), index)
+    files["scheduler"] = folder / "scheduler" / "scheduler_config.json"
+    configs = {name: read_json(file) for name, file in files.items()}
+    unet_config = UNetConfig.from_dict(configs["unet"], str(files["unet"]))
+    vae_config = VAEConfig.from_dict(configs["vae"], str(files["vae"]))
+    schema.check(str(files["text_encoder"]), configs["text_encoder"], schema.CLIP_TEXT)
     text_config = CLIPTextConfig.from_dict(configs["text_encoder"])
+    schema.check(str(files["scheduler"]), configs["scheduler"], schema.SCHEDULER)
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
 
     def module(cls: Any, name: str, config: Any, on_host: bool) -> Any:
@@ -309,7 +312,7 @@ def _download_weights(folder: Path, stem: str, snapshot: Callable[[list[str]], A
     """Asks for one set of weights after the other, best first, until one is there: a repository may hold them all."""
     for index in sorted(folder.glob(f"{stem}*.index*.json")):
         if "fp16" not in index.name and "non_ema" not in index.name:
-            snapshot([f"{folder.name}/{shard}" for shard in sorted(set(_json(index)["weight_map"].values()))])
+            snapshot([f"{folder.name}/{shard}" for shard in weights.shard_names(index)])
             return
     legacy = "pytorch_model" if stem == "model" else stem
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{legacy}.bin", f"{legacy}.fp16.bin"):
@@ -319,34 +322,26 @@ def _download_weights(folder: Path, stem: str, snapshot: Callable[[list[str]], A
     raise InputError(f"{folder.name}/ holds no {stem}.safetensors")
 
 
-def _check_index(index: Mapping[str, Any], folder: Path) -> None:
-    if index.get("_class_name") != "StableDiffusionPipeline":
-        raise InputError(
-            f"{folder}: pipeline class {index.get('_class_name')!r} is not supported; "
-            "it must be StableDiffusionPipeline"
-        )
-    for name, entry in index.items():
-        if name.startswith("_") or name in _UNUSED or name == "scheduler":
-            continue
-        if name not in _CLASSES or entry[1] not in _CLASSES[name]:
-            raise InputError(f"{folder}: model_index.json: {name} = {entry!r} is not supported")
-    absent = [name for name in (*_CLASSES, "scheduler") if name not in index]
+def _check_index(index: Mapping[str, Any], path: Path) -> None:
+    absent = [name for name in schema.MODEL_INDEX if name not in index]
     if absent:
-        raise InputError(f"{folder}: model_index.json: {', '.join(absent)} missing; give a whole diffusers folder")
+        raise InputError(f"{path}: it lacks {', '.join(absent)}; give a whole diffusers folder")
+    schema.check(str(path), index, schema.MODEL_INDEX, "give a Stable Diffusion 1.x or 2.x folder")
+    for name, entry in index.items():
+        if name in _CLASSES and entry[1] not in _CLASSES[name]:
+            rule = f"the class must be {' or '.join(_CLASSES[name])}"
+        elif name not in (*_CLASSES, "scheduler", *_UNUSED) and not name.startswith("_"):
+            rule = f"it may hold {', '.join(_CLASSES)} and scheduler"
+        else:
+            continue
+        raise InputError(
+            f"{path} {name}: received {schema.shown(entry)}; {rule}; use a Stable Diffusion 1.x or 2.x model"
+        )
 
 
 def _equal(name: str, value: int, other: str, wanted: int) -> None:
     if value != wanted:
         raise InputError(f"{name} = {value} must equal {other} = {wanted}; the parts belong to different models")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; give a whole diffusers folder") from None
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); download it again") from None
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -2,7 +2,13 @@
 
 from ddpo_jax.models.weights.merge import KeyMap, Shape, merge
 from ddpo_jax.models.weights.pinned import pinned, sha256, verify
-from ddpo_jax.models.weights.safetensors import read_folder, read_safetensors, write_safetensors
+from ddpo_jax.models.weights.safetensors import (
+    read_folder,
+    read_metadata,
+    read_safetensors,
+    shard_names,
+    write_safetensors,
+)
 from ddpo_jax.models.weights.torch_zip import read_pickle_tensors
 
 __all__ = [
@@ -11,9 +17,11 @@ __all__ = [
     "merge",
     "pinned",
     "read_folder",
+    "read_metadata",
     "read_pickle_tensors",
     "read_safetensors",
     "sha256",
+    "shard_names",
     "verify",
     "write_safetensors",
 ]
