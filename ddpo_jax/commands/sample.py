@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -78,23 +78,27 @@ def load(args: argparse.Namespace, backend: str, devices: int) -> tuple[ConfigDi
     config.model = args.model
     config.train.lora_rank = 0
     config, _ = resolve(config, backend, devices)
+    adapters = _read_adapters(args.lora) if args.lora else {}  # first: a wrong file shows before the model is loaded
     model = load_model(config)
     if not args.lora:
         return config, model, config.model
-    model.params = adapted(model.params, args.lora)
+    model.params = adapted(model.params, adapters, args.lora)
     return config, model, f"{config.model} with {args.lora}"
 
 
-def adapted(params: Params, path: str) -> Params:
+def _read_adapters(path: str) -> dict[str, np.ndarray]:
+    try:
+        return lora.load(path)
+    except InputError as error:  # of one line or more, each of which names the file
+        raise InputError("\n".join(f"--lora: {line}" for line in str(error).splitlines())) from error
+
+
+def adapted(params: Params, adapters: Mapping[str, np.ndarray], path: str) -> Params:
     """A network's parameters with the adapters of a file merged into them.
 
     Raises:
-      InputError: the file cannot be read, or its adapters are of another network.
+      InputError: the adapters are of another network.
     """
-    try:
-        adapters = lora.load(path)
-    except (OSError, ValueError) as error:  # both name the file
-        raise InputError(f"--lora: {error}") from error
     base = {name: np.asarray(value) for name, value in params.items()}
     for layer in sorted({name.rpartition(".")[0] for name in adapters}):
         wanted = adapters[f"{layer}.{lora.DOWN}"].shape[0], adapters[f"{layer}.{lora.UP}"].shape[1]

@@ -21,6 +21,9 @@ _MAX_LAYERS = 256
 _MAX_LEVELS = 8
 _MAX_STEPS = 100_000
 MAX_TOKENS = 1 << 24
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
+SPACINGS = ("leading", "trailing", "linspace")
 _OTHER_MODEL = "use a Stable Diffusion 1.x or 2.x model"
 
 
@@ -160,10 +163,10 @@ SCHEDULER = {
     "num_train_timesteps": whole(1, _MAX_STEPS),
     "beta_start": _BETA,
     "beta_end": _BETA,
-    "beta_schedule": one_of("scaled_linear", "linear", "squaredcos_cap_v2"),
+    "beta_schedule": one_of(*BETA_SCHEDULES),
     "trained_betas": either(NULL, many(_BETA, 1, _MAX_STEPS, "it must be a list of numbers in (0, 1)")),
-    "prediction_type": one_of("epsilon", "v_prediction", "sample"),
-    "timestep_spacing": one_of("leading", "trailing", "linspace"),
+    "prediction_type": one_of(*PREDICTION_TYPES),
+    "timestep_spacing": one_of(*SPACINGS),
     "steps_offset": whole(0, _MAX_STEPS),
     "set_alpha_to_one": BOOL,
     **dict.fromkeys(("clip_sample", "thresholding", "rescale_betas_zero_snr"), one_of(False)),
