@@ -298,12 +298,14 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
         folder = snapshot(_SMALL_FILES)
         for name in _MODULES:
             _download_weights(folder / name, _STEMS[name], snapshot)
+    except InputError as error:
+        raise InputError(f"model: received {repo!r}; {error}") from error
     except Exception as error:  # the client and what it stands on raise many unrelated types
-        cause = " ".join(str(error).split())[:200]
+        cause = weights.hub_fault(repo, error)
         raise InputError(
-            f"model {repo!r}: not a local folder, and the hub gave nothing ({type(error).__name__}: {cause}); "
-            "check the name, the network and HF_HUB_OFFLINE, or give a local diffusers folder"
-        ) from None
+            f"model: received {repo!r}; it is no local folder, and {cause}; or give a local diffusers folder"
+        ) from error
+    weights.verify_snapshot(folder, repo)
     logging.info("model %s at commit %s", repo, folder.name)
     return folder, folder.name
 
@@ -319,7 +321,7 @@ def _download_weights(folder: Path, stem: str, snapshot: Callable[[list[str]], A
         snapshot([f"{folder.name}/{name}"])
         if (folder / name).is_file():
             return
-    raise InputError(f"{folder.name}/ holds no {stem}.safetensors")
+    raise InputError(f"its {folder.name}/ holds no {stem}.safetensors; use a model that has one")
 
 
 def _check_index(index: Mapping[str, Any], path: Path) -> None:

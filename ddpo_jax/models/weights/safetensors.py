@@ -191,15 +191,24 @@ def write_safetensors(
       path: of the file; folders are made.
       tensors: by name.
       metadata: further texts for the file's header.
+
+    Raises:
+      OSError: it cannot be written; a file that was there is left as it is.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")  # another process may write the same file
     header = {"format": "pt", **(metadata or {})}
-    partial.touch()
-    mode = partial.stat().st_mode  # as the umask has it; save_file leaves a file that only its owner can read
-    save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, partial, header)
-    os.chmod(partial, mode)
-    os.replace(partial, path)
+    try:
+        partial.touch()
+        mode = partial.stat().st_mode  # as the umask has it; save_file leaves a file that only its owner can read
+        save_file({name: np.asarray(value, order="C") for name, value in tensors.items()}, partial, header)
+        os.chmod(partial, mode)
+        os.replace(partial, path)
+    except SafetensorError as error:  # how the library tells that the disk is full
+        raise OSError(f"{path}: {one_line(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ tensor; and the tree that comes out is walked with limits. No module is imported
 from __future__ import annotations
 
 import io
+import math
 import os
 import pickle
 import pickletools
@@ -50,6 +51,7 @@ _MAX_PROGRAM = 64 << 20  # bytes of the pickle, which holds names and shapes but
 _MAX_MEMO = 1 << 24
 _MAX_DEPTH = 16
 _MAX_LEAVES = 1 << 20
+_MAX_REPEATED = 1 << 20  # numbers of a tensor that its storage does not hold, because a stride is 0
 
 
 class _Storage(NamedTuple):
@@ -92,6 +94,8 @@ def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> _Tens
     last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if min(numbers) < 0 or (0 not in size and last >= len(storage.data)):
         raise InputError("a tensor lies outside its storage")
+    if math.prod(size) > len(storage.data) + _MAX_REPEATED:
+        raise InputError("a tensor repeats a few numbers more often than any network does")
     if 0 in size:
         return _Tensor(np.zeros(size, storage.data.dtype))
     strides = tuple(step * storage.data.itemsize for step in stride)
@@ -149,13 +153,13 @@ def read_pickle_tensors(path: PathLike) -> dict[str, np.ndarray]:
     if not os.path.lexists(path):
         raise InputError(f"{path}: no such file; give the path of a file that torch.save wrote")
     try:
-        if not zipfile.is_zipfile(path.open("rb")):
-            raise InputError(f"{path}: not a zip-format torch file (before PyTorch 1.6?); convert it to safetensors")
+        with path.open("rb") as file:
+            if not zipfile.is_zipfile(file):
+                raise InputError("not a zip-format torch file (PyTorch before 1.6 wrote another)")
         with zipfile.ZipFile(path) as archive:
             tensors = dict(_leaves(_load(path, archive)))
     except InputError as error:
-        known = str(error).startswith(str(path))
-        raise InputError(str(error) if known else f"{path}: refused: {error}; download it again") from error
+        raise InputError(f"{path}: refused: {error}; give a file that torch.save wrote, or safetensors") from error
     except OSError as error:  # a folder, a circle of links, no permission
         raise InputError(f"{path}: it cannot be read: {one_line(error)}; give a file you can read") from error
     except Exception as error:  # a hostile stream can raise anything: wrong kinds, endless recursion, too much memory
@@ -219,7 +223,7 @@ def _leaves(tree: Any) -> Iterator[tuple[str, np.ndarray]]:
     while todo:
         prefix, node, depth = todo.pop()
         visited += 1
-        if depth > _MAX_DEPTH or visited > _MAX_LEAVES:
+        if depth > _MAX_DEPTH or visited + len(todo) > _MAX_LEAVES:
             raise InputError("its dictionaries are too deep or too many for a list of tensors")
         if isinstance(node, _Tensor):
             yield prefix, node.data
