@@ -213,7 +213,7 @@ def load(
       InputError: no such folder, no access to the hub, unsupported or inconsistent parts, tensors that do not fit.
     """
     folder, commit = _find(source, revision)
-    # Every config is read before the first tensor, so that a mistake shows at once.
+    # Every config and the header of every file of weights is read before the first tensor: mistakes show at once.
     index, files = folder / "model_index.json", {name: folder / name / "config.json" for name in _MODULES}
     _check_index(read_json(index), index)
     files["scheduler"] = folder / "scheduler" / "scheduler_config.json"
@@ -225,9 +225,10 @@ def load(
     schema.check(str(files["scheduler"]), configs["scheduler"], schema.SCHEDULER)
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
 
+    tensors = {name: weights.read_folder(folder / name) for name in _MODULES}
+
     def module(cls: Any, name: str, config: Any, on_host: bool) -> Any:
-        path = folder / name
-        return keys.load(cls, config, weights.read_folder(path), dtype=dtype, where=str(path), on_host=on_host)
+        return keys.load(cls, config, tensors.pop(name), dtype=dtype, where=str(folder / name), on_host=on_host)
 
     return Pipeline(
         unet=module(UNet2DCondition, "unet", unet_config, False),
