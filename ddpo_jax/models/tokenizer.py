@@ -246,28 +246,29 @@ def _text(token: str | dict[str, Any]) -> str:
 
 def _added(folder: Path, config: Mapping[str, Any], whole: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
     """Added tokens in the order of their ids, from whichever of the three places the folder keeps them in."""
-    found: list[tuple[Path, Any, Any]] = []  # (file, id, token)
+    found: list[tuple[str, Any, Any]] = []  # (where, id, token)
     if "added_tokens_decoder" in config:
-        path, table = folder / "tokenizer_config.json", config["added_tokens_decoder"]
+        where, table = f"{folder / 'tokenizer_config.json'} added_tokens_decoder", config["added_tokens_decoder"]
         if not isinstance(table, dict):
             rule = "it must be an object of numbers and tokens"
-            raise InputError(f"{path} added_tokens_decoder: received {schema.shown(table)}; {rule}; {schema.FIX}")
-        found = [(path, int(i) if i.isdecimal() and len(i) < 10 else i, token) for i, token in table.items()]
+            raise InputError(f"{where}: received {schema.shown(table)}; {rule}; {schema.FIX}")
+        found = [(where, int(i) if i.isdecimal() and len(i) < 10 else i, token) for i, token in table.items()]
     else:
-        path = folder / "added_tokens.json"
-        found = [(path, i, {"content": token, "normalized": True}) for token, i in _optional(path).items()]
+        where = str(folder / "added_tokens.json")
+        legacy = _optional(folder / "added_tokens.json")
+        found = [(where, i, {"content": token, "normalized": True}) for token, i in legacy.items()]
+        where = f"{folder / 'tokenizer.json'} added_tokens"
         listed = whole["added_tokens"] if "added_tokens" in whole else []
         for token in listed if isinstance(listed, list) else [listed]:
-            found.append((folder / "tokenizer.json", token.get("id") if isinstance(token, dict) else None, token))
+            found.append((where, token["id"] if isinstance(token, dict) and "id" in token else None, token))
     entries = {}
-    for path, index, token in found:
+    for where, index, token in found:
         has_content = isinstance(token, dict) and "content" in token and schema.TEXT.holds(token["content"])
         if not (has_content and _is_text(token["content"]) and schema.is_whole(index, 0, schema.MAX_TOKENS)):
             rule = "it must be an object with a number and a text as content"
-            raise InputError(
-                f"{path} added token {schema.shown(index)}: received {schema.shown(token)}; {rule}; {schema.FIX}"
-            )
-        schema.check(f"{path} added token {index}", token, _ADDED)
+            received = f"received {schema.shown(token)} as number {schema.shown(index)}"
+            raise InputError(f"{where}: {received}; {rule}; {schema.FIX}")
+        schema.check(f"{where} {index}", token, _ADDED)
         entries[index] = token
     return [
         tokenizers.AddedToken(token["content"], **{key: token[key] for key in _ADDED if key in token})

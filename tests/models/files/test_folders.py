@@ -296,7 +296,7 @@ def test_tokenizers_of_another_kind(folder, model):
                                    [{"id": 1, "content": "x", "special": "yes"}]])  # fmt: skip
 def test_added_tokens(folder, added):
     change(folder / "tokenizer/tokenizer.json", added_tokens=added)
-    refused(folder, "tokenizer/tokenizer.json added token")
+    refused(folder, "tokenizer/tokenizer.json added_tokens")
 
 
 def test_special_tokens_that_no_vocabulary_has(folder):
