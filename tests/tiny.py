@@ -18,9 +18,9 @@ from ml_collections import ConfigDict
 from ddpo_jax.config import default_config
 from ddpo_jax.config.override import override
 from ddpo_jax.config.ready import Ready, make_ready
+from ddpo_jax.mini.bpe import train_bpe
 from ddpo_jax.models import keys, pipeline
 from ddpo_jax.models.clip import CLIPText, CLIPTextConfig
-from ddpo_jax.models.tokenizer import train_bpe
 from ddpo_jax.models.unet import UNet2DCondition, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 import re
 from typing import Any
@@ -47,10 +48,11 @@ def local_folder(model: str) -> pathlib.Path | None:
     try:
         folder = pathlib.Path(model).expanduser()
         found = folder.is_dir()
+        has_index = os.path.lexists(folder / "model_index.json")
     except (OSError, RuntimeError, ValueError) as error:  # a name too long, ~nouser, a null byte
         raise InputError(f"{what}{one_line(error)}{fix}") from error
     if found:
-        if not (folder / "model_index.json").is_file():
+        if not has_index:
             raise InputError(f"{what}the folder has no model_index.json{fix}")
         return folder
     if model[0] in "/.~" or not HUB_ID.fullmatch(model):

@@ -14,10 +14,9 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Num
 
 from ddpo_jax.errors import InputError
+from ddpo_jax.models import schema
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
-BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
-SPACINGS = ("leading", "trailing", "linspace")
+_FILE = "scheduler_config.json"
 
 
 @struct.dataclass
@@ -78,11 +77,7 @@ def make(config: Mapping[str, Any], num_steps: int, eta: float) -> NoiseLevels:
         "thresholding": False,
         "rescale_betas_zero_snr": False,
     } | dict(config)
-    _choice("prediction_type", options["prediction_type"], PREDICTION_TYPES)
-    _choice("beta_schedule", options["beta_schedule"], BETA_SCHEDULES)
-    _choice("timestep_spacing", options["timestep_spacing"], SPACINGS)
-    for key in ("clip_sample", "thresholding", "rescale_betas_zero_snr"):
-        _choice(key, options[key], (False,))
+    schema.check(_FILE, options, schema.SCHEDULER, "use a folder that has it")
     train_steps = options["num_train_timesteps"]
     if not 1 <= num_steps <= train_steps:
         raise InputError(
@@ -90,6 +85,11 @@ def make(config: Mapping[str, Any], num_steps: int, eta: float) -> NoiseLevels:
         )
 
     alphas_cumprod = np.cumprod(1.0 - _betas(options))
+    if alphas_cumprod[-1] < np.finfo(np.float32).tiny:
+        raise InputError(
+            f"{_FILE} beta_end: received {schema.shown(options['beta_end'])}; after {train_steps} timesteps of these "
+            "betas nothing is left of an image; use a folder with smaller ones"
+        )
     timesteps = _timesteps(num_steps, train_steps, options["timestep_spacing"], options["steps_offset"])
     prev = timesteps - train_steps // num_steps
     final = 1.0 if options["set_alpha_to_one"] else alphas_cumprod[0]
@@ -110,17 +110,14 @@ def make(config: Mapping[str, Any], num_steps: int, eta: float) -> NoiseLevels:
     )
 
 
-def _choice(key: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise InputError(
-            f"scheduler_config.json {key}: received {value!r}; must be one of {list(allowed)}; use a folder that has it"
-        )
-
-
 def _betas(options: Mapping[str, Any]) -> np.ndarray:
-    if options["trained_betas"] is not None:
-        return np.asarray(options["trained_betas"], np.float64)
     start, end, n = options["beta_start"], options["beta_end"], options["num_train_timesteps"]
+    betas = options["trained_betas"]
+    if betas is not None:
+        if len(betas) != n:
+            rule = f"there must be one for each of num_train_timesteps={n}"
+            raise InputError(f"{_FILE} trained_betas: received {len(betas)} numbers; {rule}; use a folder that has it")
+        return np.asarray(betas, np.float64)
     if options["beta_schedule"] == "scaled_linear":
         return np.linspace(start**0.5, end**0.5, n) ** 2
     if options["beta_schedule"] == "linear":

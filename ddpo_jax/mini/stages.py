@@ -16,12 +16,13 @@ from jaxtyping import Array, Float, UInt8
 
 from ddpo_jax.diffusion import ddim
 from ddpo_jax.mini import grammar, rating, verifier, world
+from ddpo_jax.mini.bpe import train_bpe
 from ddpo_jax.mini.sizes import Length, Sizes
 from ddpo_jax.mini.training import Stage, stream, trained
 from ddpo_jax.models import preprocess
 from ddpo_jax.models.aesthetic_head import AestheticHead, AestheticHeadConfig, score
 from ddpo_jax.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, normalize
-from ddpo_jax.models.tokenizer import Tokenizer, train_bpe
+from ddpo_jax.models.tokenizer import Tokenizer
 from ddpo_jax.models.unet import UNet2DCondition, UNetConfig
 from ddpo_jax.models.vae import AutoencoderKL, VAEConfig
 from ddpo_jax.types import AnyArray

@@ -1,15 +1,12 @@
-"""Layers that the UNet and the VAE share, and the reader of ``config.json``.
+"""Layers that the UNet and the VAE share.
 
 Images are NHWC. Parameters are float32; ``dtype`` is the compute dtype. Statistics of norms are float32 always.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Collection, Mapping
 from functools import partial
-from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,63 +18,8 @@ from jaxtyping import Array, Float
 from ddpo_jax.errors import InputError
 from ddpo_jax.models.attention import current_platform
 
-ConfigT = TypeVar("ConfigT")
 Padding = tuple[tuple[int, int], tuple[int, int]]
 _CONV_DIMS = ("NHWC", "HWIO", "NHWC")
-
-
-def read_config(
-    cls: type[ConfigT],
-    raw: Mapping[str, Any],
-    *,
-    class_name: str,
-    fixed: Mapping[str, Collection[Any]],
-    ignored: Collection[str],
-) -> ConfigT:
-    """Builds the dataclass ``cls`` from the content of a folder's ``config.json``.
-
-    A key that is absent takes the default of ``cls``, which is the default of the PyTorch class: files written by older
-    versions rely on it. Lists become tuples.
-
-    Args:
-      cls: frozen dataclass whose fields are the options that are honoured.
-      raw: the parsed JSON.
-      class_name: the ``_class_name`` the file must carry, when it carries one.
-      fixed: options that exist upstream of which only the given values are supported.
-      ignored: keys without effect on the computation. Keys that start with an underscore are metadata.
-
-    Raises:
-      InputError: naming every option that is unknown or has an unsupported value.
-    """
-    faults = []
-    found = raw.get("_class_name", class_name)
-    if found != class_name:
-        faults.append(f"_class_name={found!r}: expected {class_name!r}; point to the folder of that module")
-    fields = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    values: dict[str, Any] = {}
-    for key, value in raw.items():
-        value = _to_tuple(value)
-        if key in fields:
-            values[key] = value
-        elif key in fixed:
-            if value not in fixed[key]:
-                allowed = ", ".join(repr(option) for option in fixed[key])
-                faults.append(f"{key}={value!r}: only {allowed} is supported; use a model without this option")
-        elif not key.startswith("_") and key not in ignored:
-            faults.append(f"{key}={value!r}: unknown option; use a Stable Diffusion 1.x or 2.x model")
-    if faults:
-        raise InputError(f"{class_name} config.json: " + "; ".join(faults))
-    return cls(**values)
-
-
-def _to_tuple(value: Any) -> Any:
-    return tuple(_to_tuple(item) for item in value) if isinstance(value, list | tuple) else value
-
-
-def require(condition: bool, class_name: str, key: str, value: Any, rule: str) -> None:
-    """Raises the one-line InputError of a bad option of ``config.json`` unless ``condition`` holds."""
-    if not condition:
-        raise InputError(f"{class_name} config.json: {key}={value!r}: {rule}")
 
 
 # ---------------------------------------------------------------------------------------------------------- convolution

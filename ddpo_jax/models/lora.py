@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
-from safetensors import safe_open
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.models import weights
+from ddpo_jax.models import schema, weights
 
 DOWN, UP = "lora_down", "lora_up"  # names of A^T [in, r] and B^T [r, out]
 _PEFT = {DOWN: "lora_A.weight", UP: "lora_B.weight"}  # [r, in] and [out, r]
 _METADATA = "lora_adapter_metadata"  # entry of the file's header: options as JSON
+_RULES = {"r": schema.SIZE, "lora_alpha": schema.between(0, 1e6)}
 
 
 class LoRALinear(nnx.Module):
@@ -144,18 +144,17 @@ def load(path: str | os.PathLike[str], prefix: str = "unet") -> dict[str, np.nda
       The adapters' parameters by dotted name, float32, for a scale of 1: another scale is multiplied into B.
 
     Raises:
-      InputError: the file holds anything but plain adapters of ``prefix``.
+      InputError: the file holds anything but plain adapters of ``prefix``, of one rank and scale.
     """
     tensors = weights.read_safetensors(path)
-    with safe_open(path, "np") as file:
-        described = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
-    options = {key.removeprefix(f"{prefix}."): value for key, value in described.items()}
+    options = _options(path, prefix)
     unknown = [key for key in ("alpha_pattern", "use_dora", "use_rslora") if options.get(key)]
     start = f"{prefix}." if any(name.startswith(f"{prefix}.") for name in tensors) else ""
     ours, params = {theirs: name for name, theirs in _PEFT.items()}, {}
     for name, value in tensors.items():
         layer, _, last = name.removeprefix(start).rpartition(".lora_")
-        if not name.startswith(start) or not layer or f"lora_{last}" not in ours or value.ndim != 2:
+        kind_is_right = value.ndim == 2 and 0 not in value.shape and value.dtype.kind not in "iub"
+        if not name.startswith(start) or not layer or f"lora_{last}" not in ours or not kind_is_right:
             unknown.append(name)
         else:
             params[f"{layer}.{ours[f'lora_{last}']}"] = value.T.astype(np.float32)
@@ -163,10 +162,46 @@ def load(path: str | os.PathLike[str], prefix: str = "unet") -> dict[str, np.nda
     unknown += [f"half of {layer}" for layer in layers if any(f"{layer}.{part}" not in params for part in _PEFT)]
     if unknown or not params:
         raise InputError(
-            f"{path}: received {', '.join(unknown[:3]) or 'no tensors'}; it must hold pairs of lora_A and lora_B of "
-            f"linear layers of the {prefix}, of one scale; use a file of such"
+            f"{path}: received {', '.join(map(_short, unknown[:3])) or 'no tensors'}; it must hold pairs of lora_A and "
+            f"lora_B of linear layers of the {prefix}, of one scale; use a file of such"
         )
+    _check_ranks(path, params, layers, options)
+    infinite = [name for name, value in params.items() if not np.isfinite(value).all()]
+    if infinite:
+        raise InputError(f"{path}: {_short(infinite[0])} is not finite everywhere; use a file without NaN")
     for layer in layers:
         rank = params[f"{layer}.{UP}"].shape[0]
-        params[f"{layer}.{UP}"] *= np.float32(options.get("lora_alpha", rank) / rank)
+        params[f"{layer}.{UP}"] *= np.float32((options["lora_alpha"] if "lora_alpha" in options else rank) / rank)
     return params
+
+
+def _options(path: str | os.PathLike[str], prefix: str) -> dict[str, Any]:
+    """What the header says of the adapters of ``prefix``; a file need not say it."""
+    texts = weights.read_metadata(path)
+    text = texts[_METADATA] if _METADATA in texts else "{}"
+    try:
+        described = json.loads(text)
+    except (ValueError, RecursionError):
+        described = text
+    rule = "it must be an object in JSON"
+    if not isinstance(described, dict):
+        raise InputError(f"{path} {_METADATA}: received {schema.shown(described)}; {rule}; export the adapters again")
+    options = {key.removeprefix(f"{prefix}."): value for key, value in described.items()}
+    schema.check(f"{path} {_METADATA}", options, _RULES, "export the adapters again")
+    return options
+
+
+def _check_ranks(
+    path: str | os.PathLike[str], params: Mapping[str, np.ndarray], layers: Sequence[str], options: Mapping[str, Any]
+) -> None:
+    """Refuses halves that do not fit each other, and ranks that the header does not state."""
+    for layer in layers:
+        down, up = params[f"{layer}.{DOWN}"].shape[1], params[f"{layer}.{UP}"].shape[0]
+        stated = options["r"] if "r" in options and not options.get("rank_pattern") else down
+        if not down == up == stated:
+            found = f"{_short(layer)} has lora_A of rank {down} and lora_B of rank {up}"
+            raise InputError(f"{path}: {found}; both must be of rank {stated}; export the adapters again")
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 100 else f"{name[:97]}..."

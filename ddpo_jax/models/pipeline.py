@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, UInt8
 
 from ddpo_jax.config.model import PINNED, local_folder, read_json
 from ddpo_jax.errors import InputError
-from ddpo_jax.models import keys, weights
+from ddpo_jax.models import keys, schema, weights
 from ddpo_jax.models.clip import CLIPText, CLIPTextConfig
 from ddpo_jax.models.tokenizer import Tokenizer
 from ddpo_jax.models.unet import UNet2DCondition, UNetConfig
@@ -213,18 +213,22 @@ def load(
       InputError: no such folder, no access to the hub, unsupported or inconsistent parts, tensors that do not fit.
     """
     folder, commit = _find(source, revision)
-    index = read_json(folder / "model_index.json")
-    _check_index(index, folder)
-    configs = {name: read_json(folder / name / "config.json") for name in _MODULES}
-    configs["scheduler"] = read_json(folder / "scheduler" / "scheduler_config.json")
-    # Every config is read before the first tensor, so that a mistake shows at once.
-    unet_config, vae_config = UNetConfig.from_dict(configs["unet"]), VAEConfig.from_dict(configs["vae"])
+    # Every config and the header of every file of weights is read before the first tensor: mistakes show at once.
+    index, files = folder / "model_index.json", {name: folder / name / "config.json" for name in _MODULES}
+    _check_index(read_json(index), index)
+    files["scheduler"] = folder / "scheduler" / "scheduler_config.json"
+    configs = {name: read_json(file) for name, file in files.items()}
+    unet_config = UNetConfig.from_dict(configs["unet"], str(files["unet"]))
+    vae_config = VAEConfig.from_dict(configs["vae"], str(files["vae"]))
+    schema.check(str(files["text_encoder"]), configs["text_encoder"], schema.CLIP_TEXT)
     text_config = CLIPTextConfig.from_dict(configs["text_encoder"])
+    schema.check(str(files["scheduler"]), configs["scheduler"], schema.SCHEDULER)
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
 
+    tensors = {name: weights.read_folder(folder / name) for name in _MODULES}
+
     def module(cls: Any, name: str, config: Any, on_host: bool) -> Any:
-        path = folder / name
-        return keys.load(cls, config, weights.read_folder(path), dtype=dtype, where=str(path), on_host=on_host)
+        return keys.load(cls, config, tensors.pop(name), dtype=dtype, where=str(folder / name), on_host=on_host)
 
     return Pipeline(
         unet=module(UNet2DCondition, "unet", unet_config, False),
@@ -295,12 +299,14 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
         folder = snapshot(_SMALL_FILES)
         for name in _MODULES:
             _download_weights(folder / name, _STEMS[name], snapshot)
+    except InputError as error:
+        raise InputError(f"model: received {repo!r}; {error}") from error
     except Exception as error:  # the client and what it stands on raise many unrelated types
-        cause = " ".join(str(error).split())[:200]
+        cause = weights.hub_fault(repo, error)
         raise InputError(
-            f"model {repo!r}: not a local folder, and the hub gave nothing ({type(error).__name__}: {cause}); "
-            "check the name, the network and HF_HUB_OFFLINE, or give a local diffusers folder"
-        ) from None
+            f"model: received {repo!r}; it is no local folder, and {cause}; or give a local diffusers folder"
+        ) from error
+    weights.verify_snapshot(folder, repo)
     logging.info("model %s at commit %s", repo, folder.name)
     return folder, folder.name
 
@@ -309,30 +315,31 @@ def _download_weights(folder: Path, stem: str, snapshot: Callable[[list[str]], A
     """Asks for one set of weights after the other, best first, until one is there: a repository may hold them all."""
     for index in sorted(folder.glob(f"{stem}*.index*.json")):
         if "fp16" not in index.name and "non_ema" not in index.name:
-            snapshot([f"{folder.name}/{shard}" for shard in sorted(set(read_json(index)["weight_map"].values()))])
+            snapshot([f"{folder.name}/{shard}" for shard in weights.shard_names(index)])
             return
     legacy = "pytorch_model" if stem == "model" else stem
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors", f"{legacy}.bin", f"{legacy}.fp16.bin"):
         snapshot([f"{folder.name}/{name}"])
         if (folder / name).is_file():
             return
-    raise InputError(f"{folder.name}/ holds no {stem}.safetensors")
+    raise InputError(f"its {folder.name}/ holds no {stem}.safetensors; use a model that has one")
 
 
-def _check_index(index: Mapping[str, Any], folder: Path) -> None:
-    if index.get("_class_name") != "StableDiffusionPipeline":
-        raise InputError(
-            f"{folder}: pipeline class {index.get('_class_name')!r} is not supported; "
-            "it must be StableDiffusionPipeline"
-        )
-    for name, entry in index.items():
-        if name.startswith("_") or name in _UNUSED or name == "scheduler":
-            continue
-        if name not in _CLASSES or entry[1] not in _CLASSES[name]:
-            raise InputError(f"{folder}: model_index.json: {name} = {entry!r} is not supported")
-    absent = [name for name in (*_CLASSES, "scheduler") if name not in index]
+def _check_index(index: Mapping[str, Any], path: Path) -> None:
+    absent = [name for name in schema.MODEL_INDEX if name not in index]
     if absent:
-        raise InputError(f"{folder}: model_index.json: {', '.join(absent)} missing; give a whole diffusers folder")
+        raise InputError(f"{path}: it lacks {', '.join(absent)}; give a whole diffusers folder")
+    schema.check(str(path), index, schema.MODEL_INDEX, "give a Stable Diffusion 1.x or 2.x folder")
+    for name, entry in index.items():
+        if name in _CLASSES and entry[1] not in _CLASSES[name]:
+            rule = f"the class must be {' or '.join(_CLASSES[name])}"
+        elif name not in (*_CLASSES, "scheduler", *_UNUSED) and not name.startswith("_"):
+            rule = f"it may hold {', '.join(_CLASSES)} and scheduler"
+        else:
+            continue
+        raise InputError(
+            f"{path} {name}: received {schema.shown(entry)}; {rule}; use a Stable Diffusion 1.x or 2.x model"
+        )
 
 
 def _equal(name: str, value: int, other: str, wanted: int) -> None:

@@ -6,10 +6,9 @@ and every word encoded as bytes that BPE merges (Sennrich et al. 2016, arXiv:150
 
 from __future__ import annotations
 
-import collections
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,16 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from ddpo_jax.errors import InputError
+from ddpo_jax.config.model import read_json
+from ddpo_jax.errors import InputError, one_line
+from ddpo_jax.models import schema
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 # Words: contractions, runs of letters, single digits, runs of anything else (the pattern published with CLIP).
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _SPECIAL = ("unk_token", "bos_token", "eos_token", "pad_token")
-_LONGEST = 100_000  # transformers writes 1e30 for "no limit", which cannot be padded to
+_ADDED = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), schema.BOOL)
 
 
 class Tokenizer:
@@ -59,20 +60,17 @@ class Tokenizer:
         Raises:
           InputError: a special token is not in the vocabulary, or `max_length` cannot hold start and end.
         """
-        if not 2 <= max_length <= _LONGEST:
-            raise InputError(
-                f"tokenizer: model_max_length = {max_length} must be in [2, {_LONGEST}]; Stable Diffusion's is 77"
-            )
+        schema.check("", {"model_max_length": max_length}, schema.TOKENIZER, "use Stable Diffusion's 77")
         self.special = {"unk_token": END, "bos_token": START, "eos_token": END, "pad_token": END, **(special or {})}
         self.max_length = max_length
         self.merges = [(left, right) for left, right in merges]
         self._vocab = dict(vocab)
         self._config = dict(config or {})
-        self._core = _core(self._vocab, self.merges, self.special["unk_token"])
         known = {token.content for token in added}
-        for key, name in self.special.items():
-            if name not in self._vocab and name not in known:
-                raise InputError(f"tokenizer: {key} = {name!r} is not in the vocabulary")
+        unknown = [key for key, name in self.special.items() if name not in self._vocab and name not in known]
+        rule = f"it must be in the vocabulary; {schema.FIX}"
+        schema.refuse("", (f"{key}: received {schema.shown(self.special[key])}; {rule}" for key in unknown))
+        self._core = _core(self._vocab, self.merges, self.special["unk_token"])
         names = dict.fromkeys(self.special[key] for key in _SPECIAL)
         self._core.add_special_tokens([name for name in names if name not in known])
         for token in added:
@@ -100,32 +98,28 @@ class Tokenizer:
           InputError: files are missing, or the tokenizer is not a CLIP BPE.
         """
         folder = Path(path)
-        config = _json(folder / "tokenizer_config.json")
-        whole = _json(folder / "tokenizer.json")
-        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocab = _json(folder / "vocab.json")
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-            merges = [_pair(line) for line in lines if line.strip() and not line.startswith("#version")]
+        config, whole = _optional(folder / "tokenizer_config.json"), _optional(folder / "tokenizer.json")
+        schema.check(str(folder / "tokenizer_config.json"), config, schema.TOKENIZER)
+        if os.path.lexists(folder / "vocab.json") and os.path.lexists(folder / "merges.txt"):
+            vocab, merges = read_json(folder / "vocab.json"), _read_merges(folder / "merges.txt")
+            _check_vocabulary(folder / "vocab.json", vocab)
+            _check_merges(folder / "merges.txt", merges, vocab)
         elif whole:
-            model = whole["model"]
-            if model["type"] != "BPE" or model["end_of_word_suffix"] != END_OF_WORD:
-                raise InputError(f"{folder / 'tokenizer.json'}: only a CLIP byte-level BPE tokenizer is supported")
-            vocab = model["vocab"]
-            merges = [_pair(pair) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+            vocab, merges = _whole_vocabulary(folder / "tokenizer.json", whole)
         else:
             raise InputError(f"{folder}: no tokenizer here; expected tokenizer.json, or vocab.json and merges.txt")
         special = {key: _text(config[key]) for key in _SPECIAL if key in config and config[key] is not None}
         if "added_tokens_decoder" not in config:  # the older layout, in which this file has the last word
-            overrides = _json(folder / "special_tokens_map.json")
-            special |= {key: _text(overrides[key]) for key in _SPECIAL if key in overrides}
-        return cls(
-            vocab,
-            merges,
-            max_length=int(config["model_max_length"]) if "model_max_length" in config else 77,
-            special=special,
-            added=_added(config, whole, _json(folder / "added_tokens.json")),
-            config=config,
-        )
+            overrides = _optional(folder / "special_tokens_map.json")
+            schema.check(str(folder / "special_tokens_map.json"), overrides, schema.TOKENIZER)
+            special |= {key: _text(overrides[key]) for key in _SPECIAL if key in overrides and overrides[key]}
+        added = _added(folder, config, whole)
+        length = config["model_max_length"] if "model_max_length" in config else 77
+        try:
+            return cls(vocab, merges, max_length=length, special=special, added=added, config=config)
+        except InputError as error:  # of special tokens, which do not say where they are from
+            schema.refuse(str(folder), str(error).splitlines())
+            raise
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """N texts -> i32[N, max_length]."""
@@ -156,48 +150,6 @@ class Tokenizer:
             (folder / name).write_text(content, encoding="utf-8", newline="\n")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, out_folder: str | os.PathLike[str], max_length: int) -> Tokenizer:
-    """Learns a small CLIP-style vocabulary and writes its tokenizer folder; the same texts give the same bytes.
-
-    The ids are laid out as CLIP's: 256 bytes, the same 256 at the end of a word, merges, start, end. Learning is done
-    here and not by `tokenizers.trainers`, whose tie-breaking follows the order of a randomly seeded hash map.
-
-    Args:
-      texts: the captions to learn from.
-      vocab_size: at most this many ids (fewer when every word has become one token); at least 514.
-      out_folder: created if missing.
-      max_length: row length, start and end tokens included.
-
-    Raises:
-      InputError: `vocab_size` < 514.
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    base = alphabet + [letter + END_OF_WORD for letter in alphabet]
-    if vocab_size < len(base) + 2:
-        raise InputError(f"vocab_size = {vocab_size} must be at least {len(base) + 2}: all bytes, and start and end")
-    reader = _core({token: i for i, token in enumerate([*base, END])}, [], END)
-    counts: collections.Counter[str] = collections.Counter()
-    for text in texts:
-        counts.update(w for w, _ in reader.pre_tokenizer.pre_tokenize_str(reader.normalizer.normalize_str(text)))
-    words = {word: [*word[:-1], word[-1] + END_OF_WORD] for word in sorted(counts)}
-    merges: list[tuple[str, str]] = []
-    while len(base) + len(merges) + 2 < vocab_size:
-        pairs: collections.Counter[tuple[str, str]] = collections.Counter()
-        for word, parts in words.items():
-            for pair in zip(parts, parts[1:], strict=False):
-                pairs[pair] += counts[word]
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        merges.append(best)
-        words = {word: _apply(parts, best) for word, parts in words.items()}
-    # Two different pairs may spell the same token; it has one id.
-    tokens = dict.fromkeys([*base, *(left + right for left, right in merges), START, END])
-    tokenizer = Tokenizer({token: i for i, token in enumerate(tokens)}, merges, max_length=max_length)
-    tokenizer.save(out_folder)
-    return tokenizer
-
-
 def _core(vocab: dict[str, int], merges: Sequence[tuple[str, str]], unk_token: str) -> tokenizers.Tokenizer:
     model = models.BPE(
         vocab=vocab,
@@ -221,42 +173,104 @@ def _core(vocab: dict[str, int], merges: Sequence[tuple[str, str]], unk_token: s
     return core
 
 
-def _apply(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    """Merges the pair wherever it occurs, from left to right."""
-    out: list[str] = []
-    for part in parts:
-        if out and (out[-1], part) == pair:
-            out[-1] += part
-        else:
-            out.append(part)
-    return out
+def word_splitter() -> Callable[[str], list[str]]:
+    """A function from a text to the words that BPE then merges the letters of; a letter stands for a byte."""
+    core = _core({END: 0}, [], END)
+
+    def split(text: str) -> list[str]:
+        return [word for word, _ in core.pre_tokenizer.pre_tokenize_str(core.normalizer.normalize_str(text))]
+
+    return split
 
 
-def _pair(line: str) -> tuple[str, str]:
-    left, right = line.split(" ")
-    return left, right
+# --- reading a folder: the library panics on a vocabulary that contradicts itself, so all of it is checked first ------
 
 
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _optional(path: Path) -> dict[str, Any]:
+    return read_json(path) if os.path.lexists(path) else {}
+
+
+def _read_merges(path: Path) -> list[Any]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: it cannot be read as text: {one_line(error)}; {schema.FIX}") from error
+    return [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
+
+
+def _check_vocabulary(path: Path, vocab: Any) -> None:
+    rule = "it must be an object of texts and the numbers 0, 1, 2, ..., each once"
+    if not isinstance(vocab, dict) or not vocab:
+        raise InputError(f"{path} vocabulary: received {schema.shown(vocab)}; {rule}; {schema.FIX}")
+    seen: set[int] = set()
+    for token, number in vocab.items():
+        if not schema.is_whole(number, 0, len(vocab) - 1) or number in seen or not _is_text(token):
+            where = f"{path} {schema.shown(token)}"
+            raise InputError(f"{where}: received {schema.shown(number)}; {rule}; {schema.FIX}")
+        seen.add(number)
+
+
+def _check_merges(path: Path, merges: Any, vocab: Mapping[str, int]) -> None:
+    rule = "each merge must be two tokens of the vocabulary that make a third"
+    if not isinstance(merges, list):
+        raise InputError(f"{path} merges: received {schema.shown(merges)}; {rule}; {schema.FIX}")
+    for number, pair in enumerate(merges):
+        texts = isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(part, str) for part in pair)
+        if not texts or not {*pair, "".join(pair)} <= vocab.keys():
+            where = f"{path} merge {number + 1}"
+            raise InputError(f"{where}: received {schema.shown(pair)}; {rule}; {schema.FIX}")
+
+
+def _whole_vocabulary(path: Path, whole: Mapping[str, Any]) -> tuple[dict[str, int], list[Any]]:
+    """Vocabulary and merges of a tokenizer.json, which holds a merge as a text or as a pair."""
+    model = whole["model"] if "model" in whole else None
+    wanted = {"type": "BPE", "end_of_word_suffix": END_OF_WORD}
+    if not isinstance(model, dict) or any(key not in model or model[key] != value for key, value in wanted.items()):
+        raise InputError(f"{path}: only a CLIP byte-level BPE tokenizer is supported; give the folder of such a one")
+    vocab, merges = (model[key] if key in model else None for key in ("vocab", "merges"))
+    if isinstance(merges, list):
+        merges = [tuple(x.split(" ")) if isinstance(x, str) else tuple(x) if isinstance(x, list) else x for x in merges]
+    _check_vocabulary(path, vocab)
+    _check_merges(path, merges, vocab)
+    return vocab, merges
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a text that UTF-8 can hold: JSON can spell half of a surrogate pair."""
+    return isinstance(value, str) and value.encode("utf-8", "ignore").decode("utf-8") == value
 
 
 def _text(token: str | dict[str, Any]) -> str:
     return token if isinstance(token, str) else token["content"]
 
 
-def _added(
-    config: Mapping[str, Any], whole: Mapping[str, Any], legacy: Mapping[str, int]
-) -> list[tokenizers.AddedToken]:
+def _added(folder: Path, config: Mapping[str, Any], whole: Mapping[str, Any]) -> list[tokenizers.AddedToken]:
     """Added tokens in the order of their ids, from whichever of the three places the folder keeps them in."""
-    entries: dict[int, dict[str, Any]] = {}
+    found: list[tuple[str, Any, Any]] = []  # (where, id, token)
     if "added_tokens_decoder" in config:
-        entries = {int(index): dict(token) for index, token in config["added_tokens_decoder"].items()}
+        where, table = f"{folder / 'tokenizer_config.json'} added_tokens_decoder", config["added_tokens_decoder"]
+        if not isinstance(table, dict):
+            rule = "it must be an object of numbers and tokens"
+            raise InputError(f"{where}: received {schema.shown(table)}; {rule}; {schema.FIX}")
+        found = [(where, int(i) if i.isdecimal() and len(i) < 10 else i, token) for i, token in table.items()]
     else:
-        entries = {index: {"content": token, "normalized": True} for token, index in legacy.items()}
-        if "added_tokens" in whole:
-            entries |= {token["id"]: {k: v for k, v in token.items() if k != "id"} for token in whole["added_tokens"]}
+        where = str(folder / "added_tokens.json")
+        legacy = _optional(folder / "added_tokens.json")
+        found = [(where, i, {"content": token, "normalized": True}) for token, i in legacy.items()]
+        where = f"{folder / 'tokenizer.json'} added_tokens"
+        listed = whole["added_tokens"] if "added_tokens" in whole else []
+        for token in listed if isinstance(listed, list) else [listed]:
+            found.append((where, token["id"] if isinstance(token, dict) and "id" in token else None, token))
+    entries = {}
+    for where, index, token in found:
+        has_content = isinstance(token, dict) and "content" in token and schema.TEXT.holds(token["content"])
+        if not (has_content and _is_text(token["content"]) and schema.is_whole(index, 0, schema.MAX_TOKENS)):
+            rule = "it must be an object with a number and a text as content"
+            received = f"received {schema.shown(token)} as number {schema.shown(index)}"
+            raise InputError(f"{where}: {received}; {rule}; {schema.FIX}")
+        schema.check(f"{where} {index}", token, _ADDED)
+        entries[index] = token
     return [
-        tokenizers.AddedToken(**{key: value for key, value in entries[index].items() if key != "__type"})
-        for index in sorted(entries)
+        tokenizers.AddedToken(token["content"], **{key: token[key] for key in _ADDED if key in token})
+        for _, token in sorted(entries.items())
     ]

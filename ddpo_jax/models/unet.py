@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,7 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.models.layers import Conv, GroupNorm, Linear, read_config, require, timestep_embedding
+from ddpo_jax.models import schema
+from ddpo_jax.models.layers import Conv, GroupNorm, Linear, timestep_embedding
 from ddpo_jax.models.unet_blocks import BlockSpec, DownBlock, MidBlock, Options, UpBlock
 
 _CLASS = "UNet2DConditionModel"
@@ -83,32 +84,41 @@ class UNetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     flip_sin_to_cos: bool = True
-    freq_shift: int = 0
+    freq_shift: float = 0
 
     def __post_init__(self) -> None:
-        levels = len(self.block_out_channels)
+        schema.check("", dataclasses.asdict(self), schema.UNET)
+        schema.refuse("", self._contradictions())
+
+    def _contradictions(self) -> Iterator[str]:
+        """Values that are right each on its own but do not go together."""
+        widths, heads = self.block_out_channels, self.attention_head_dim
+        levels = len(widths)
         for key, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
             types = getattr(self, key)
-            rule = f"must be {levels} of {', '.join(known)}, one for each of block_out_channels"
-            require(
-                isinstance(types, tuple) and len(types) == levels and set(types) <= set(known), _CLASS, key, types, rule
-            )
-        for key in ("layers_per_block", "cross_attention_dim", "norm_num_groups"):
-            value = getattr(self, key)
-            require(isinstance(value, int) and value > 0, _CLASS, key, value, "must be one positive integer")
-        heads = self.attention_head_dim
-        rule = f"must be one number of heads or {levels} of them"
-        require(isinstance(heads, int) or len(heads) == levels, _CLASS, "attention_head_dim", heads, rule)
-        for channels, count in zip(self.block_out_channels, self.heads, strict=True):
-            rule = f"must divide the number of channels, {channels}, of its block"
-            require(channels % count == 0, _CLASS, "attention_head_dim", heads, rule)
-            rule = f"must divide all block_out_channels={self.block_out_channels}"
-            require(channels % self.norm_num_groups == 0, _CLASS, "norm_num_groups", self.norm_num_groups, rule)
+            if len(types) != levels or not set(types) <= set(known):
+                rule = f"it must be {levels} of {', '.join(known)}, one for each of block_out_channels"
+                yield f"{key}: received {schema.shown(types)}; {rule}; {schema.FIX}"
+        if not isinstance(heads, int) and len(heads) != levels:
+            rule = f"it must be one number of heads or {levels} of them"
+            yield f"attention_head_dim: received {heads}; {rule}; {schema.FIX}"
+        elif any(width % count for width, count in zip(widths, self.heads, strict=True)):
+            yield f"attention_head_dim: received {heads}; it must divide block_out_channels={widths}; {schema.FIX}"
+        if any(width % self.norm_num_groups for width in widths):
+            rule = f"it must divide all of block_out_channels={widths}"
+            yield f"norm_num_groups: received {self.norm_num_groups}; {rule}; {schema.FIX}"
+        if self.freq_shift >= widths[0] // 2:
+            rule = f"it must be below half of block_out_channels[0]={widths[0]}"
+            yield f"freq_shift: received {self.freq_shift}; {rule}; {schema.FIX}"
+        size = self.sample_size if self.sample_size is not None else self.factor
+        if any(side % self.factor for side in (size if isinstance(size, tuple) else (size,))):
+            rule = f"it must be a multiple of {self.factor}, which the {levels} blocks halve {levels - 1} times"
+            yield f"sample_size: received {size}; {rule}; {schema.FIX}"
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> UNetConfig:
-        """Reads the content of ``unet/config.json``; raises InputError naming every unsupported option."""
-        return read_config(cls, raw, class_name=_CLASS, fixed=_FIXED, ignored=_IGNORED)
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "") -> UNetConfig:
+        """Reads the content of ``unet/config.json``, the file ``where``; InputError names every fault of it."""
+        return schema.read_config(cls, raw, schema.UNET, class_name=_CLASS, fixed=_FIXED, ignored=_IGNORED, where=where)
 
     @property
     def heads(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from ddpo_jax.errors import InputError
+from ddpo_jax.models import schema
 from ddpo_jax.models.attention import attention
 from ddpo_jax.models.layers import (
     Conv,
@@ -21,8 +22,6 @@ from ddpo_jax.models.layers import (
     Linear,
     ResnetBlock2D,
     Upsample2D,
-    read_config,
-    require,
 )
 
 _CLASS = "AutoencoderKL"
@@ -55,23 +54,25 @@ class VAEConfig:
     mid_block_add_attention: bool = True
 
     def __post_init__(self) -> None:
-        levels = len(self.block_out_channels)
+        schema.check("", dataclasses.asdict(self), schema.VAE)
+        schema.refuse("", self._contradictions())
+
+    def _contradictions(self) -> Iterator[str]:
+        """Values that are right each on its own but do not go together."""
+        widths, groups = self.block_out_channels, self.norm_num_groups
         for key, name in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             types = getattr(self, key)
-            require(types == (name,) * levels, _CLASS, key, types, f"must be {levels} times {name!r}")
-        for channels in self.block_out_channels:
-            require(
-                channels % self.norm_num_groups == 0,
-                _CLASS,
-                "norm_num_groups",
-                self.norm_num_groups,
-                f"must divide every number of block_out_channels={self.block_out_channels}",
-            )
+            if types != (name,) * len(widths):
+                rule = f"it must be {len(widths)} times {name!r}, once for each of block_out_channels"
+                yield f"{key}: received {schema.shown(types)}; {rule}; {schema.FIX}"
+        if any(width % groups for width in widths):
+            rule = f"it must divide all of block_out_channels={widths}"
+            yield f"norm_num_groups: received {groups}; {rule}; {schema.FIX}"
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> VAEConfig:
-        """Reads the content of ``vae/config.json``; raises InputError naming every unsupported option."""
-        return read_config(cls, raw, class_name=_CLASS, fixed=_FIXED, ignored=_IGNORED)
+    def from_dict(cls, raw: Mapping[str, Any], where: str = "") -> VAEConfig:
+        """Reads the content of ``vae/config.json``, the file ``where``; InputError names every fault of it."""
+        return schema.read_config(cls, raw, schema.VAE, class_name=_CLASS, fixed=_FIXED, ignored=_IGNORED, where=where)
 
     @property
     def factor(self) -> int:

@@ -72,18 +72,22 @@ def load_base(model: str, lora_file: str, backend: str, num_devices: int) -> tup
     config.model = model
     config.train.lora_rank = 0
     config, _ = resolve(config, backend, num_devices)
+    adapters = _read_adapters(lora_file) if lora_file else {}  # first: a wrong file shows before the model is loaded
     loaded = load_model(config)
     if lora_file:
-        loaded.params = _adapted(loaded.params, lora_file)
+        loaded.params = _adapted(loaded.params, adapters, lora_file)
     return config, loaded
 
 
-def _adapted(params: Params, path: str) -> Params:
-    """A network's parameters with the adapters of a file merged into them."""
+def _read_adapters(path: str) -> dict[str, np.ndarray]:
     try:
-        adapters = lora.load(path)
-    except (OSError, ValueError) as error:  # both name the file
-        raise InputError(f"--lora: {error}") from error
+        return lora.load(path)
+    except InputError as error:  # of one line or more, each of which names the file
+        raise InputError("\n".join(f"--lora: {line}" for line in str(error).splitlines())) from error
+
+
+def _adapted(params: Params, adapters: dict[str, np.ndarray], path: str) -> Params:
+    """A network's parameters with the adapters of a file merged into them."""
     base = {name: np.asarray(value) for name, value in params.items()}
     for layer in sorted({name.rpartition(".")[0] for name in adapters}):
         wanted = adapters[f"{layer}.{lora.DOWN}"].shape[0], adapters[f"{layer}.{lora.UP}"].shape[1]

@@ -74,7 +74,7 @@ class Writer:
             os.close(self._file)
             self._file = self._open()
         self._events.scalars(
-            plain["epoch"],
+            int(row["epoch"]),
             {key: value for key, value in plain.items() if key != "epoch" and isinstance(value, int | float)},
         )
 

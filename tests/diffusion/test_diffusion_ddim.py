@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ddpo_jax.diffusion import ddim, schedule
+from ddpo_jax.diffusion import ddim
+from ddpo_jax.models import schema
 from ddpo_jax.ops import gaussian
 
 torch = pytest.importorskip("torch")
@@ -25,7 +26,7 @@ def inputs():
     return draws(0, B, *SHAPE), draws(1, B, *SHAPE)
 
 
-@pytest.mark.parametrize("prediction", schedule.PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction", schema.PREDICTION_TYPES)
 @pytest.mark.parametrize("to_one", [False, True])
 @pytest.mark.parametrize("eta", [1.0, 0.3])
 def test_mean_and_std_are_those_of_diffusers(inputs, prediction, to_one, eta):
@@ -100,7 +101,7 @@ def test_eta_one_is_the_ancestral_ddpm_step(inputs, monkeypatch, num_steps):
             np.testing.assert_allclose(mean + std[:, None, None, None] * noise, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("prediction", schedule.PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction", schema.PREDICTION_TYPES)
 def test_add_noise_and_its_target_are_those_of_diffusers(prediction):
     clean, noise = draws(3, B, *SHAPE), draws(4, B, *SHAPE)
     timesteps = np.array([0, 500, 999])
@@ -113,7 +114,7 @@ def test_add_noise_and_its_target_are_those_of_diffusers(prediction):
     np.testing.assert_allclose(target, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", schedule.PREDICTION_TYPES)
+@pytest.mark.parametrize("prediction", schema.PREDICTION_TYPES)
 def test_the_target_of_training_predicts_the_clean_latents_and_the_noise(prediction):
     """A network that outputs its training target is right about both."""
     clean, noise = jnp.asarray(draws(5, B, *SHAPE)), jnp.asarray(draws(6, B, *SHAPE))

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 
 from ddpo_jax.diffusion import schedule
+from ddpo_jax.errors import InputError
+from ddpo_jax.models import schema
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -12,7 +14,7 @@ diffusers = pytest.importorskip("diffusers")
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
 
 
-@pytest.mark.parametrize("spacing", schedule.SPACINGS)
+@pytest.mark.parametrize("spacing", schema.SPACINGS)
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("to_one", [False, True])
 @pytest.mark.parametrize("num_steps", [1, 7, 20, 50])
@@ -34,7 +36,7 @@ def test_timesteps_and_alphas_are_those_of_diffusers(spacing, offset, to_one, nu
         np.testing.assert_allclose(ours.std[index], std, rtol=2e-3, atol=3e-4)
 
 
-@pytest.mark.parametrize("betas", [{"beta_schedule": name} for name in schedule.BETA_SCHEDULES] + [
+@pytest.mark.parametrize("betas", [{"beta_schedule": name} for name in schema.BETA_SCHEDULES] + [
     {"trained_betas": list(np.linspace(1e-4, 0.03, 1000))}, {"num_train_timesteps": 400, "beta_schedule": "linear"},
 ])  # fmt: skip
 def test_beta_schedules(betas):
@@ -106,7 +108,8 @@ def test_a_key_left_out_means_what_it_means_to_the_class_named_in_the_file(name)
     ],
 )
 def test_unsupported_options_are_refused_by_name(key, value):
-    with pytest.raises(ValueError, match=f"scheduler_config.json {key}: received {value!r}; must be one of"):
+    rule = "only False is supported" if value is True else "it must be one of"
+    with pytest.raises(ValueError, match=f"scheduler_config.json {key}: received {value!r}; {rule}"):
         schedule.make(SD | {key: value}, 10, 1.0)
 
 
@@ -114,3 +117,48 @@ def test_unsupported_options_are_refused_by_name(key, value):
 def test_impossible_numbers_of_steps_are_refused(num_steps, offset):
     with pytest.raises(ValueError, match=f"sample.num_steps: received {num_steps}; .*choose a smaller number"):
         schedule.make(SD | {"steps_offset": offset}, num_steps, 1.0)
+
+
+@pytest.mark.parametrize("num_train_timesteps", [0, -5, "1000", 1000.0, True, None, 10**9])
+def test_wrong_numbers_of_training_timesteps_are_refused(num_train_timesteps):
+    with pytest.raises(InputError, match="scheduler_config.json num_train_timesteps: .*whole number from 1"):
+        schedule.make(SD | {"num_train_timesteps": num_train_timesteps}, 10, 1.0)
+
+
+@pytest.mark.parametrize("key", ["beta_start", "beta_end"])
+@pytest.mark.parametrize("value", [0, 1, -0.1, "0.1", None, float("nan"), float("inf"), [0.1], True])
+def test_wrong_betas_are_refused(key, value):
+    with pytest.raises(InputError, match=rf"scheduler_config.json {key}: .*it must be a number in \(0, 1\)"):
+        schedule.make(SD | {key: value}, 10, 1.0)
+
+
+@pytest.mark.parametrize(
+    "betas, message",
+    [
+        ([], "list of numbers"),
+        ("0.1", "list of numbers"),
+        ([0.1, None], "list of numbers"),
+        ([0.1, 1.5] * 500, "list of numbers"),
+        ([[0.1]] * 1000, "list of numbers"),
+        ([0.01] * 999, "received 999 numbers; there must be one for each of num_train_timesteps=1000"),
+        ([0.9] * 1000, "nothing is left of an image"),
+    ],
+)
+def test_wrong_trained_betas_are_refused(betas, message):
+    with pytest.raises(InputError, match=message) as error:
+        schedule.make(SD | {"trained_betas": betas}, 10, 1.0)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_all_wrong_options_are_told_at_once():
+    wrong = {
+        "steps_offset": -1,
+        "set_alpha_to_one": "yes",
+        "beta_schedule": 3,
+        "prediction_type": None,
+        "thresholding": 1,
+    }
+    with pytest.raises(InputError) as error:
+        schedule.make(SD | wrong, 10, 1.0)
+    lines = str(error.value).splitlines()
+    assert sorted(line.split()[1] for line in lines) == sorted(f"{key}:" for key in wrong)

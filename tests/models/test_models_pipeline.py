@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ddpo_jax.mini.bpe import train_bpe
 from ddpo_jax.models import pipeline
-from ddpo_jax.models.tokenizer import train_bpe
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

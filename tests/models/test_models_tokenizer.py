@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from ddpo_jax.models.tokenizer import Tokenizer, train_bpe
+from ddpo_jax.mini.bpe import train_bpe
+from ddpo_jax.models.tokenizer import Tokenizer
 
 TEXTS = [
     "a photo of a red circle, two striped blue squares",

@@ -150,12 +150,15 @@ def test_full_size_has_the_published_number_of_parameters():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"act_fn": "relu"}, "act_fn='relu': only 'silu' is supported"),
-        ({"shift_factor": 0.1}, "shift_factor=0.1: only None is supported"),
-        ({"new_option": 3}, "new_option=3: unknown option"),
-        ({"up_block_types": ["UpDecoderBlock2D"]}, "up_block_types=('UpDecoderBlock2D',): must be 4 times"),
-        ({"norm_num_groups": 48}, "norm_num_groups=48: must divide every number of block_out_channels"),
-        ({"_class_name": "VQModel"}, "_class_name='VQModel': expected 'AutoencoderKL'"),
+        ({"act_fn": "relu"}, "act_fn: received 'relu'; only 'silu' is supported"),
+        ({"shift_factor": 0.1}, "shift_factor: received 0.1; only None is supported"),
+        ({"new_option": 3}, "new_option: received 3; the option is unknown"),
+        (
+            {"up_block_types": ["UpDecoderBlock2D"]},
+            "up_block_types: received ('UpDecoderBlock2D',); it must be 4 times",
+        ),
+        ({"norm_num_groups": 48}, "norm_num_groups: received 48; it must divide all of block_out_channels"),
+        ({"_class_name": "VQModel"}, "_class_name: received 'VQModel'; only 'AutoencoderKL' is supported"),
     ],
 )
 def test_unsupported_config_is_refused_by_name(change, message):

@@ -58,12 +58,12 @@ def clip_model():
 def clip_folder(clip_model, tmp_path_factory):
     """The model as a folder with tokenizer and processor, as a hub repository has it."""
     transformers = pytest.importorskip("transformers")
-    from ddpo_jax.models import tokenizer
+    from ddpo_jax.mini.bpe import train_bpe
 
     folder = tmp_path_factory.mktemp("clip")
     clip_model.save_pretrained(folder)
     words = ["a red circle left of a blue square", "two striped green stars", "a photo of a dog"]
-    tokenizer.train_bpe(words, 540, folder, max_length=12)
+    train_bpe(words, 540, folder, max_length=12)
     processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     processor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(folder)
     return folder
