@@ -28,11 +28,9 @@ def test_an_accepted_scheduler_has_the_signal_levels_of_ddim(name):
     assert name in diffusers.schedulers.KarrasDiffusionSchedulers.__members__  # those that Stable Diffusion exchanges
     made = transition.make(SD | {"_class_name": name}, 10, 1.0)
     assert isinstance(made, ddim.DDIM)
-    theirs = getattr(diffusers, name)
-    if "sde" in name.lower():
-        pytest.importorskip("torchsde")
-    betas = {key: SD[key] for key in ("beta_start", "beta_end", "beta_schedule")}
-    np.testing.assert_allclose(made.alphas_cumprod, theirs(**betas).alphas_cumprod, rtol=3e-6)
+    if name != "DPMSolverSDEScheduler":  # which needs another library only to be made
+        theirs = getattr(diffusers, name)(**{key: SD[key] for key in ("beta_start", "beta_end", "beta_schedule")})
+        np.testing.assert_allclose(made.alphas_cumprod, theirs.alphas_cumprod.numpy(), rtol=3e-6)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,32 @@
-"""What a run holds in memory before its first update."""
+"""What a run refuses before it reads a weight, and what it holds in memory before its first update."""
 
 import weakref
 
 import pytest
-from tiny import quick_compilation, tiny_pipeline_folder, tiny_ready
+from tiny import SMALLEST_UNET, quick_compilation, tiny_pipeline_folder, tiny_ready
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.training.build import build, describe
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny_pipeline_folder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize(
+    "scheduler, message",
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "received 'FlowMatchEulerDiscreteScheduler'; it must be"),
+        ({"prediction_type": "flow"}, "prediction_type: received 'flow'"),
+    ],
+)
+def test_another_noise_process_is_refused_before_any_weight_is_read(tmp_path, scheduler, message):
+    folder = tiny_pipeline_folder(tmp_path, unet=SMALLEST_UNET, scheduler=scheduler)
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(InputError, match=message):
+        build(tiny_ready(folder))
 
 
 @pytest.mark.parametrize("rank", [0, 2])
