@@ -100,7 +100,7 @@ def test_the_revisions_are_those_that_models_are_read_at():
 
     for entry in weights.entries().values():
         if entry.repo in PINNED:
-            assert entry.revision == PINNED[entry.repo][0]
+            assert entry.revision == PINNED[entry.repo]
 
 
 def test_unknown_names(known):
