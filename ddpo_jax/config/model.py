@@ -138,7 +138,17 @@ def _small_file(model: str, revision: str, name: str) -> pathlib.Path:
     try:
         return pathlib.Path(huggingface_hub.hf_hub_download(model, name, revision=commit))
     except Exception as error:  # the client and what it stands on raise many unrelated types
-        raise InputError(
-            f"model: received {model!r}; not a local folder, and the hub gave nothing ({one_line(error)[:200]}); "
-            "check the name, the network and HF_HUB_OFFLINE, or give a local diffusers folder"
-        ) from error
+        what = f"model: received {model!r}; it is no local folder, and {hub_fault(model, error)}"
+        raise InputError(f"{what}; or give a local diffusers folder") from error
+
+
+def hub_fault(repo: str, error: Exception) -> str:
+    """Why the model hub did not give a file of ``repo``, and what to do, as part of a message."""
+    from huggingface_hub import errors as hub
+
+    if isinstance(error, hub.GatedRepoError):
+        return (
+            f"the hub gives it only to those who accepted its licence; accept it on the page of {repo}, then log in: "
+            "set HF_TOKEN, or run hf auth login"
+        )
+    return f"the hub gave nothing ({one_line(error)[:200]}); check the name, the network and HF_HUB_OFFLINE"

@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
-from ddpo_jax.config.model import PINNED, local_folder, read_json
+from ddpo_jax.config.model import PINNED, hub_fault, local_folder, read_json
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import keys, schema, weights
 from ddpo_jax.models.clip import CLIPText, CLIPTextConfig
@@ -302,7 +302,7 @@ def _download(repo: str, revision: str | None) -> tuple[Path, str]:
     except InputError as error:
         raise InputError(f"model: received {repo!r}; {error}") from error
     except Exception as error:  # the client and what it stands on raise many unrelated types
-        cause = weights.hub_fault(repo, error)
+        cause = hub_fault(repo, error)
         raise InputError(
             f"model: received {repo!r}; it is no local folder, and {cause}; or give a local diffusers folder"
         ) from error

@@ -101,9 +101,8 @@ class Tokenizer:
         config, whole = _optional(folder / "tokenizer_config.json"), _optional(folder / "tokenizer.json")
         schema.check(str(folder / "tokenizer_config.json"), config, schema.TOKENIZER)
         if os.path.lexists(folder / "vocab.json") and os.path.lexists(folder / "merges.txt"):
-            vocab, merges = read_json(folder / "vocab.json"), _read_merges(folder / "merges.txt")
-            _check_vocabulary(folder / "vocab.json", vocab)
-            _check_merges(folder / "merges.txt", merges, vocab)
+            vocab = _checked_vocabulary(folder / "vocab.json", read_json(folder / "vocab.json"))
+            merges = _checked_merges(folder / "merges.txt", _read_merges(folder / "merges.txt"), vocab)
         elif whole:
             vocab, merges = _whole_vocabulary(folder / "tokenizer.json", whole)
         else:
@@ -198,7 +197,7 @@ def _read_merges(path: Path) -> list[Any]:
     return [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
 
 
-def _check_vocabulary(path: Path, vocab: Any) -> None:
+def _checked_vocabulary(path: Path, vocab: Any) -> dict[str, int]:
     rule = "it must be an object of texts and the numbers 0, 1, 2, ..., each once"
     if not isinstance(vocab, dict) or not vocab:
         raise InputError(f"{path} vocabulary: received {schema.shown(vocab)}; {rule}; {schema.FIX}")
@@ -208,9 +207,10 @@ def _check_vocabulary(path: Path, vocab: Any) -> None:
             where = f"{path} {schema.shown(token)}"
             raise InputError(f"{where}: received {schema.shown(number)}; {rule}; {schema.FIX}")
         seen.add(number)
+    return vocab
 
 
-def _check_merges(path: Path, merges: Any, vocab: Mapping[str, int]) -> None:
+def _checked_merges(path: Path, merges: Any, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
     rule = "each merge must be two tokens of the vocabulary that make a third"
     if not isinstance(merges, list):
         raise InputError(f"{path} merges: received {schema.shown(merges)}; {rule}; {schema.FIX}")
@@ -219,9 +219,10 @@ def _check_merges(path: Path, merges: Any, vocab: Mapping[str, int]) -> None:
         if not texts or not {*pair, "".join(pair)} <= vocab.keys():
             where = f"{path} merge {number + 1}"
             raise InputError(f"{where}: received {schema.shown(pair)}; {rule}; {schema.FIX}")
+    return merges
 
 
-def _whole_vocabulary(path: Path, whole: Mapping[str, Any]) -> tuple[dict[str, int], list[Any]]:
+def _whole_vocabulary(path: Path, whole: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges of a tokenizer.json, which holds a merge as a text or as a pair."""
     model = whole["model"] if "model" in whole else None
     wanted = {"type": "BPE", "end_of_word_suffix": END_OF_WORD}
@@ -230,9 +231,8 @@ def _whole_vocabulary(path: Path, whole: Mapping[str, Any]) -> tuple[dict[str, i
     vocab, merges = (model[key] if key in model else None for key in ("vocab", "merges"))
     if isinstance(merges, list):
         merges = [tuple(x.split(" ")) if isinstance(x, str) else tuple(x) if isinstance(x, list) else x for x in merges]
-    _check_vocabulary(path, vocab)
-    _check_merges(path, merges, vocab)
-    return vocab, merges
+    checked = _checked_vocabulary(path, vocab)
+    return checked, _checked_merges(path, merges, checked)
 
 
 def _is_text(value: Any) -> bool:

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ddpo_jax.config.model import PINNED
 from ddpo_jax.mini.bpe import train_bpe
 from ddpo_jax.models import pipeline
 
@@ -262,7 +263,7 @@ def test_hub_download_asks_only_for_what_is_needed(one, tmp_path, monkeypatch):
     repo = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     pipe = pipeline.load(repo)
     assert pipe.revision == "0123abc"
-    assert set(asked) == {(repo, pipeline.REVISIONS[repo])}
+    assert set(asked) == {(repo, PINNED[repo])}
     names = {file.relative_to(cache).as_posix() for file in cache.rglob("*") if file.is_file()}
     assert not any("fp16" in name or "non_ema" in name or "ckpt" in name for name in names)
     pipeline.load(repo, revision="fp16")

@@ -4,8 +4,6 @@ import gzip
 import importlib.util
 import json
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -112,27 +110,6 @@ def test_added_tokens_of_a_textual_inversion(folder, tmp_path):
     np.testing.assert_array_equal(Tokenizer.from_folder(tmp_path / "ours")(AWKWARD), ours(AWKWARD))
 
 
-def test_a_row_by_hand(tmp_path):
-    """ "aab aab ab": a+b</w> is the most frequent pair (3), then a+ab</w> (2); nothing is left to merge."""
-    tokenizer = train_bpe(["aab aab ab"], 600, tmp_path, max_length=6)
-    assert tokenizer.merges == [("a", "b</w>"), ("a", "ab</w>")]
-    assert tokenizer.vocab_size == 256 + 256 + 2 + 2
-    ab, aab, start, end = 512, 513, 514, 515
-    assert tokenizer(["AAB ab"]).tolist() == [[start, aab, ab, end, end, end]]
-    assert tokenizer(["ab " * 9]).tolist() == [[start, ab, ab, ab, ab, end]]
-    assert tokenizer([]).shape == (0, 6)
-
-
-def test_training_gives_the_same_bytes_in_another_process(folder, tmp_path):
-    code = (
-        "import json,sys; from ddpo_jax.models.tokenizer import train_bpe;"
-        "train_bpe(json.loads(sys.argv[1]), 700, sys.argv[2], max_length=24)"
-    )
-    subprocess.run([sys.executable, "-c", code, json.dumps(TEXTS), str(tmp_path)], check=True)
-    for path in sorted(folder.iterdir()):
-        assert path.read_bytes() == (tmp_path / path.name).read_bytes(), path.name
-
-
 def test_real_clip_vocabulary_where_open_clip_ships_it(tmp_path):
     """The published vocabulary: 49 408 ids, the ids of "a photo of a cat", and transformers on awkward strings."""
     spec = importlib.util.find_spec("open_clip")
@@ -157,7 +134,10 @@ def test_real_clip_vocabulary_where_open_clip_ships_it(tmp_path):
         ({}, "no tokenizer here"),
         ({"tokenizer.json": {"model": {"type": "WordPiece"}}}, "CLIP"),
         ({"tokenizer.json": "keep", "tokenizer_config.json": {"model_max_length": 10**30}}, "model_max_length"),
-        ({"tokenizer.json": "keep", "tokenizer_config.json": {"pad_token": "<pad>"}}, "pad_token = '<pad>'"),
+        (
+            {"tokenizer.json": "keep", "tokenizer_config.json": {"pad_token": "<pad>"}},
+            "pad_token: received '<pad>'",
+        ),
     ],
 )
 def test_unusable_folders_are_refused(folder, tmp_path, files, message):
@@ -166,8 +146,3 @@ def test_unusable_folders_are_refused(folder, tmp_path, files, message):
         (tmp_path / name).write_text(source)
     with pytest.raises(ValueError, match=message):
         Tokenizer.from_folder(tmp_path)
-
-
-def test_vocabulary_must_hold_all_bytes(tmp_path):
-    with pytest.raises(ValueError, match="vocab_size = 300"):
-        train_bpe(TEXTS, 300, tmp_path, max_length=24)

@@ -2,7 +2,7 @@
 
 from ddpo_jax.models.weights.catalogue import entries, entry, sha256, verify
 from ddpo_jax.models.weights.convert import as_safetensors, read_file
-from ddpo_jax.models.weights.fetch import find_weights, hub_fault, verify_snapshot
+from ddpo_jax.models.weights.fetch import find_weights, verify_snapshot
 from ddpo_jax.models.weights.merge import KeyMap, Shape, merge
 from ddpo_jax.models.weights.safetensors import (
     read_folder,
@@ -20,7 +20,6 @@ __all__ = [
     "entries",
     "entry",
     "find_weights",
-    "hub_fault",
     "merge",
     "read_file",
     "read_folder",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -149,4 +150,5 @@ def _remember(memory: Mapping[str, Any]) -> None:
         partial.write_text(json.dumps(memory, indent=1), encoding="utf-8")
         os.replace(partial, file)
     except OSError:  # no home, no room: the next start computes them again
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from absl import logging
 
-from ddpo_jax.errors import InputError, one_line
+from ddpo_jax.config.model import hub_fault
+from ddpo_jax.errors import InputError
 from ddpo_jax.models.weights import catalogue
 from ddpo_jax.models.weights.catalogue import Entry, cache_folder, entries, entry, is_verified, verify
 from ddpo_jax.models.weights.convert import as_safetensors
@@ -116,18 +117,6 @@ def download(wanted: Entry, into: Path | None = None, places: list[Path] | None 
         ) from error
 
 
-def hub_fault(repo: str, error: Exception) -> str:
-    """Why the hub gave nothing, and what to do, for a message."""
-    from huggingface_hub import errors as hub
-
-    if isinstance(error, hub.GatedRepoError):
-        return (
-            f"the hub gives it only to those who accepted its licence; accept it on the page of {repo}, then log in: "
-            "set HF_TOKEN, or run hf auth login"
-        )
-    return f"the hub gave nothing ({one_line(error)[:200]}); check the name, the network and HF_HUB_OFFLINE"
-
-
 def verify_snapshot(folder: Path, repo: str) -> None:
     """Verifies the files of a downloaded repository that the catalogue pins at the snapshot's commit.
 
@@ -174,7 +163,8 @@ def survey(weights_dir: str = "", verify_all: bool = False) -> tuple[list[tuple[
       For each entry its name, what needs it, size, licence and state; and a line for every file that is not the
       published one.
     """
-    rows, faults = [], []
+    rows: list[tuple[str, ...]] = []
+    faults = []
     for name, wanted in entries().items():
         path = located(wanted, weights_dir)
         if path is None:

@@ -75,6 +75,7 @@ class _Name:
     """Stands in for a class or function of the file's; it has no attribute that the file could set."""
 
     __slots__ = ("_call",)
+    _call: Callable[..., Any]
 
     def __init__(self, call: Callable[..., Any]):
         object.__setattr__(self, "_call", call)
@@ -198,7 +199,7 @@ def _check_opcodes(stream: bytes) -> None:
     for opcode, argument, _ in pickletools.genops(stream):
         if opcode.name not in _OPCODES:
             raise InputError(f"its pickle has the opcode {opcode.name}; only tensors are read")
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > _MAX_MEMO:
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and int(argument or 0) > _MAX_MEMO:
             raise InputError(f"its pickle numbers a value {argument}, which no list of tensors needs")
 
 
