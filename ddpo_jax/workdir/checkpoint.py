@@ -2,7 +2,7 @@
 
 A checkpoint is a folder ``checkpoints/<epoch>`` that orbax writes under a temporary name and renames when it is
 complete, so a process killed in mid-save leaves the earlier ones as they were. Inside: ``arrays`` (one entry per leaf,
-named by its path in the tree, and ``checksums.json``, by which a byte that changed on disk is noticed) and ``metrics``
+named by its path in the tree, and ``checksums.json``, by which a byte that changed on disk is noticed) and ``reward``
 (the mean reward, by which the best one is kept).
 
 The number of a checkpoint is the number of *finished* epochs: a run that restores ``epoch`` goes on with that epoch.
@@ -31,6 +31,9 @@ from ddpo_jax.workdir import checksums
 from ddpo_jax.workdir.checksums import Damaged
 
 __all__ = ["Checkpointer", "Damaged"]
+
+
+REWARD = "reward.json"
 
 
 class Checkpointer:
@@ -74,16 +77,17 @@ class Checkpointer:
         registry, handler = ocp.handlers.DefaultCheckpointHandlerRegistry(), _Arrays()
         for kind in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
             registry.add("arrays", kind, handler)
-        registry.add("metrics", ocp.args.JsonSave, ocp.JsonCheckpointHandler(filename="metrics"))
-        manager = ocp.CheckpointManager(
-            self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=_NewestAndBest(self._keep, self._rewards),
-                enable_async_checkpointing=True,
-                **(read_only if self._read_only else {"create": True, "cleanup_tmp_directories": True}),
-            ),
-            handler_registry=registry,
+        registry.add("reward", ocp.args.JsonSave, ocp.JsonCheckpointHandler(filename=REWARD))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_NewestAndBest(self._keep, self._rewards),
+            enable_async_checkpointing=True,
+            **(read_only if self._read_only else {"create": True, "cleanup_tmp_directories": True}),
         )
+        try:
+            manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
+        except Exception as error:  # orbax raises many kinds
+            fix = "put that right, or use another --workdir"
+            raise InputError(f"checkpoints: {self.folder} cannot be opened: {_cause(error)}; {fix}") from error
         for epoch in manager.all_steps():
             self._rewards[epoch] = _reward(self.folder / str(epoch))
         return manager
@@ -128,10 +132,9 @@ class Checkpointer:
             self.folder.mkdir()
             self._manager = self._open()
         self._rewards[epoch] = -math.inf if math.isnan(reward_mean) else float(reward_mean)
-        metrics = ocp.args.JsonSave({"reward_mean": self._rewards[epoch]})
-        return self._manager.save(
-            epoch, args=ocp.args.Composite(arrays=ocp.args.PyTreeSave(stored), metrics=metrics), force=True
-        )
+        reward = ocp.args.JsonSave({"reward_mean": self._rewards[epoch]})
+        items = ocp.args.Composite(arrays=ocp.args.PyTreeSave(stored), reward=reward)
+        return self._manager.save(epoch, args=items, force=True)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -314,8 +317,8 @@ def _cause(error: BaseException) -> str:
     while known is not None:
         if isinstance(known, OSError) and known.strerror:
             return known.strerror
-        if found := re.search(r"\[OS error \d+: (?:E[A-Z0-9]+ )?([^\]]+)\]", str(known)):
-            return found.group(1)
+        if found := re.search(r"([^:]+) \[os_error_code=", str(known)):
+            return found.group(1).strip()
         known = known.__cause__ or known.__context__
     return one_line(error)[:300]
 
@@ -335,8 +338,10 @@ class _NewestAndBest:
 
 def _reward(folder: pathlib.Path) -> float:
     """The mean reward of a checkpoint; minus infinity if nothing says it: then it is never the best of several."""
+    earlier = folder / "metrics" / "metrics"  # where earlier versions kept it, and where orbax insists on reading it
+    path = earlier if earlier.exists() else folder / "reward" / REWARD
     try:
-        return float(json.loads((folder / "metrics" / "metrics").read_text(encoding="utf-8"))["reward_mean"])
+        return float(json.loads(path.read_text(encoding="utf-8"))["reward_mean"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return -math.inf
 

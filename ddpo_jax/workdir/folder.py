@@ -80,7 +80,7 @@ def read_config(workdir: str | os.PathLike[str], complete: bool = True) -> Confi
         value, kind = given[key.name], declared_type(reference, key.name)
         elements = {type(item) for item in value} if isinstance(value, tuple) else set()
         right = type(value) is kind or kind is float and type(value) is int
-        if kind is not None and (not right or elements > {str}):
+        if kind is not None and not (right and elements <= {str}):
             shown = " ".join(repr(value).split())[:80]
             faults.append(f"{path}, {key.name}: received {shown}; it must be {TYPE_NAMES.get(kind, kind)}")
         elif key.name in RULES and not RULES[key.name][0](value):

@@ -73,10 +73,8 @@ class Writer:
             logging.warning("%s was removed while the run went on: it is written again", self._path)
             os.close(self._file)
             self._file = self._open()
-        self._events.scalars(
-            int(row["epoch"]),
-            {key: value for key, value in plain.items() if key != "epoch" and isinstance(value, int | float)},
-        )
+        shown = {key: value for key, value in plain.items() if key != "epoch" and isinstance(value, int | float)}
+        self._events.scalars(row["epoch"], shown)
 
     def images(
         self, epoch: int, images: np.ndarray, prompts: Sequence[str], rewards: Sequence[float] | np.ndarray
@@ -164,8 +162,8 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         row = _row(line)
         if row is None or rows and not all(row[key] > rows[-1][key] for key in ("epoch", "reward_queries")):
             raise InputError(
-                f"{path}, line {number}: received {line[:80].decode(errors='replace')!r}; expected a JSON object with "
-                "ascending epoch and reward_queries, a reward/mean, and numbers or null; remove that line or use "
+                f"{path}, line {number}: expected a JSON object with ascending epoch and reward_queries, a reward/mean "
+                f"and else numbers or null; received {line[:80].decode(errors='replace')!r}; remove that line or use "
                 "another folder"
             )
         rows.append(row)

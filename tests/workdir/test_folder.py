@@ -72,7 +72,7 @@ def test_a_config_that_is_none_is_one_line(tmp_path, kind, complete):
 @pytest.mark.parametrize(
     "key, value, message",
     [
-        ("train", 3, "it lacks train.batch_size, "),
+        ("train", 3, "it lacks train.adam_b1, "),
         ("seed", "0", "seed: received '0'; it must be a whole number"),
         ("seed", True, "seed: received True; it must be a whole number"),
         ("seed", -1, "seed: received -1; it must be at least 0"),
