@@ -8,7 +8,7 @@ README = pathlib.Path(__file__).parent / "README.md"
 
 setup(
     name="ddpo_jax",
-    version="0.1.0",
+    version="0.2.0",
     description="Reinforcement learning fine-tuning of diffusion models in JAX",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
