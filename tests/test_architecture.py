@@ -42,7 +42,7 @@ ONLY = {
     "algorithms": {"types", "ops"},  # never a network, a config file or a device
     "weighting": {"types", "diffusion"},
     "replay": {"types"},
-    "rewards": {"types", "find", "models", "weights", "mini", "errors"},
+    "rewards": {"types", "find", "errors", "models", "weights", "mini"},
     "prompts": {"types", "find", "mini"},
     "learner": {"types", "find", "ops", "diffusion", "sharding"},
     "config": {"types", "find", "keys"},

@@ -28,11 +28,11 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def load(cls: type[M], config: ConfigDict, names: Sequence[str], origin: str) -> tuple[M, WordPiece, int]:
-    """The network and the tokenizer that the options ``weights`` and ``dtype`` describe.
+    """The network and the tokenizer that the options ``blip`` and ``dtype`` describe.
 
     Args:
       cls: one of ``ddpo_jax.models.blip.networks``.
-      config: ``weights`` is a folder, or a file whose folder holds the vocabulary as well.
+      config: ``blip`` is a folder, or a file whose folder holds the vocabulary as well.
       names: of the files looked for in a folder, the first one found is read.
       origin: where the published file is, for the message.
 
@@ -42,12 +42,12 @@ def load(cls: type[M], config: ConfigDict, names: Sequence[str], origin: str) ->
     Raises:
       InputError: a file is missing, damaged, or of another model.
     """
-    where = f"reward.weights: received {config.weights!r}"
+    where = f"reward.blip: received {config.blip!r}"
     if config.dtype not in DTYPES:
         raise InputError(f"reward.dtype: received {config.dtype!r}; it must be float32 or bfloat16; use float32")
-    path = Path(config.weights).expanduser()
+    path = Path(config.blip).expanduser()
     found = [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
-    if not config.weights or not found:
+    if not config.blip or not found:
         raise InputError(f"{where}; it must be a folder with {names[0]}; put {origin} and {VOCABULARY} there")
     read = weights.read_safetensors if found[0].suffix == ".safetensors" else weights.read_pickle_tensors
     try:
@@ -98,7 +98,7 @@ def in_batches(
     Args:
       model: the network; its parameters are arguments of the compiled program, not constants in it.
       fn: (model, images, other arrays...) to rows, each computed on its own.
-      prepare: of the images on the host, just before their batch; the device meanwhile computes the former one.
+      prepare: images to images on the host; the device meanwhile computes the batch before.
       batch_size: rows per call of the device.
 
     Returns:
@@ -123,8 +123,9 @@ def in_batches(
         done: list[Any] = []
         for start in range(0, len(images), batch_size):
             rows = slice(start, start + batch_size)
-            batch = [prepare(images[rows]), *(other[rows] for other in others)]
-            done.append(compiled(state, *map(filled, batch))[: len(batch[0])])
-        return np.concatenate(jax.device_get(done))
+            done.append(compiled(state, filled(prepare(images[rows])), *(filled(other[rows]) for other in others)))
+            if start:
+                done[-2] = np.asarray(done[-2])  # waits for it, so that two batches at most are on the device
+        return np.concatenate(done)[: len(images)]
 
     return run

@@ -29,8 +29,8 @@ ORIGIN = "ImageReward.pt of THUDM/ImageReward"
 def default_config() -> ConfigDict:
     """Options."""
     config = ConfigDict()
-    config.weights = ""  # folder with ImageReward.pt (THUDM/ImageReward) and vocab.txt (bert-base-uncased)
-    config.dtype = "float32"  # compute type of the network: float32, as published, or bfloat16
+    config.blip = ""  # folder with ImageReward.pt (THUDM/ImageReward) and vocab.txt (bert-base-uncased)
+    config.dtype = "float32"  # of the network's products: float32, as published, or bfloat16: faster, less exact
     config.batch_size = 16  # images per call of the network
     return config
 

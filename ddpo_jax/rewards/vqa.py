@@ -38,9 +38,9 @@ MAX_CHUNKS = 8
 def default_config() -> ConfigDict:
     """Options."""
     config = ConfigDict()
-    config.weights = ""  # folder of Salesforce/blip-vqa-capfilt-large: model.safetensors and vocab.txt
+    config.blip = ""  # folder of Salesforce/blip-vqa-capfilt-large: model.safetensors and vocab.txt
     config.chunker = "rules"  # finds the noun chunks: rules = ours; or an installed spaCy model, such as en_core_web_sm
-    config.dtype = "float32"  # compute type of the network: float32, as published, or bfloat16
+    config.dtype = "float32"  # of the network's products: float32, as published, or bfloat16: faster, less exact
     config.batch_size = 16  # images per call of the network; each with all its questions
     return config
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from ddpo_jax.models.attention import attention
-from ddpo_jax.models.clip import gelu
 from ddpo_jax.models.layers import LayerNorm, Linear
 
 LAYER_NORM_EPS = 1e-12
@@ -98,7 +98,7 @@ class _Intermediate(nnx.Module):
         self.dense = Linear(config.hidden_size, config.intermediate_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L I"]:
-        return gelu(self.dense(x))
+        return jax.nn.gelu(self.dense(x), approximate=False)
 
 
 class _Layer(nnx.Module):
@@ -171,7 +171,7 @@ class _Transform(nnx.Module):
         self.LayerNorm = LayerNorm(config.hidden_size, epsilon=LAYER_NORM_EPS, dtype=dtype)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return self.LayerNorm(gelu(self.dense(x)))
+        return self.LayerNorm(jax.nn.gelu(self.dense(x), approximate=False))
 
 
 class _Predictions(nnx.Module):

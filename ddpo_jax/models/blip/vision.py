@@ -9,12 +9,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from ddpo_jax.models.attention import attention
-from ddpo_jax.models.clip import gelu
 from ddpo_jax.models.layers import Conv, LayerNorm, Linear
 
 # Of the network as it was trained. The config.json of transformers' conversions says 1e-5, which is not it.
@@ -67,7 +67,7 @@ class _MLP(nnx.Module):
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
-        return self.fc2(gelu(self.fc1(x)))
+        return self.fc2(jax.nn.gelu(self.fc1(x), approximate=False))
 
 
 class _Layer(nnx.Module):
