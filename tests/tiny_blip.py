@@ -17,7 +17,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789?,.'"
 VOCABULARY = [
     *("[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"),
     *(prefix + letter for prefix in ("", "##") for letter in LETTERS),
-    *("the", "red", "circle", "blue", "square", "##s", "##ed", "##ing", "yes", "no", "中", "hello"),
+    *("the", "red", "circle", "blue", "square", "##ed", "##ing", "yes", "no", "中", "hello"),
 ]
 TEXT = {
     "vocab_size": len(VOCABULARY) + 2,

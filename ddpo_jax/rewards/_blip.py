@@ -28,7 +28,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def load(cls: type[M], config: ConfigDict, names: Sequence[str], origin: str) -> tuple[M, WordPiece, int]:
-    """The network and the tokenizer that the options ``blip`` and ``dtype`` describe.
+    """The network and the tokenizer that a reward's options describe; checks ``dtype`` and ``batch_size`` first.
 
     Args:
       cls: one of ``ddpo_jax.models.blip.networks``.
@@ -40,11 +40,13 @@ def load(cls: type[M], config: ConfigDict, names: Sequence[str], origin: str) ->
       The network, its tokenizer, and the side in pixels of the images it reads.
 
     Raises:
-      InputError: a file is missing, damaged, or of another model.
+      InputError: an option is wrong; a file is missing, damaged, or of another model.
     """
     where = f"reward.blip: received {config.blip!r}"
     if config.dtype not in DTYPES:
         raise InputError(f"reward.dtype: received {config.dtype!r}; it must be float32 or bfloat16; use float32")
+    if config.batch_size < 1:
+        raise InputError(f"reward.batch_size: received {config.batch_size}; it must be at least 1; use 16")
     path = Path(config.blip).expanduser()
     found = [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
     if not config.blip or not found:
@@ -103,12 +105,7 @@ def in_batches(
 
     Returns:
       (images [N, ...], other arrays [N, ...]...) to f32[N, ...], of any N > 0; another N does not compile again.
-
-    Raises:
-      InputError: ``batch_size`` is less than 1.
     """
-    if batch_size < 1:
-        raise InputError(f"reward.batch_size: received {batch_size}; it must be at least 1; use 16")
     graphdef, state = nnx.split(model)
 
     @jax.jit

@@ -171,7 +171,7 @@ def test_other_weights_are_refused_in_one_line(image_reward, vqa):
         (clip, networks.ImageReward, r"received weights of another model \(.*position_embedding is missing\)"),
         (right | {table: np.zeros((17, 192))}, networks.ImageReward, r"position_embedding has the shape \[17, 192\]"),
         (right | {table: np.zeros((1, 18, 192))}, networks.ImageReward, "received 18 image positions"),
-        (tiny_blip.tensors(vqa), networks.ImageReward, "10 missing: mlp.layers.0.weight.*unexpected: text_decoder"),
+        (tiny_blip.tensors(vqa), networks.ImageReward, "10 missing: mlp.layers.0.bias.*unexpected: text_decoder"),
         (right, networks.VisualQuestionAnswering, "missing: text_decoder.*unexpected: mlp.layers.0.weight"),
     ]:
         with pytest.raises(errors.InputError, match=f"reward.blip: received 'x'; .*{message}") as caught:

@@ -98,4 +98,4 @@ def test_missing_damaged_and_wrong_weights_are_one_line(image_reward_options, vq
     (tmp_path / "vocab.txt").write_text(vocabulary, encoding="utf-8")
     size = len(tiny_blip.VOCABULARY) + 2
     refused(f"has {size + 1} tokens with .* its network {size}; put vocab.txt of google-bert", blip=str(tmp_path))
-    refused("missing: mlp.layers.0.weight.*unexpected: text_dec", blip=vqa_options["blip"] + "/model.safetensors")
+    refused("missing: mlp.layers.0.bias.*unexpected: text_dec", blip=vqa_options["blip"] + "/model.safetensors")
