@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
+import tiny_blip
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -67,6 +68,32 @@ def clip_folder(clip_model, tmp_path_factory):
     processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     processor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def image_reward_model():
+    """ImageReward with small random weights, by transformers and torch."""
+    pytest.importorskip("transformers")
+    return tiny_blip.image_reward()
+
+
+@pytest.fixture(scope="session")
+def image_reward_options(image_reward_model, tmp_path_factory):
+    """What ``reward.*`` needs beyond its defaults to run here."""
+    return {"blip": str(tiny_blip.write_image_reward(tmp_path_factory.mktemp("image_reward"), image_reward_model))}
+
+
+@pytest.fixture(scope="session")
+def vqa_model():
+    """BLIP-VQA with small random weights, by transformers."""
+    pytest.importorskip("transformers")
+    return tiny_blip.vqa()
+
+
+@pytest.fixture(scope="session")
+def vqa_options(vqa_model, tmp_path_factory):
+    """What ``reward.*`` needs beyond its defaults to run here."""
+    return {"blip": str(tiny_blip.write_vqa(tmp_path_factory.mktemp("vqa"), vqa_model))}
 
 
 @pytest.fixture(scope="session")

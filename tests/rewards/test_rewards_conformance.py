@@ -1,5 +1,6 @@
 """What every file of ddpo_jax/rewards must do. A new reward is tested without an edit here."""
 
+import contextlib
 import copy
 
 import numpy as np
@@ -25,9 +26,11 @@ def images():
 
 @pytest.fixture(scope="module", params=find.available("rewards"))
 def reward(request):
-    """The reward with its default options on the embedded miniature."""
+    """The reward with its default options on the embedded miniature, or with those of conftest's NAME_options."""
     module = find.find("rewards", request.param)
     config = module.default_config()
+    with contextlib.suppress(pytest.FixtureLookupError):
+        config.update(request.getfixturevalue(f"{request.param}_options"))
     for key, (mini, _) in getattr(module, "AUTO", {}).items():
         assert config[key] == "auto"
         config[key] = mini
