@@ -1,0 +1,1 @@
+"""One file a command, found by its name: flags, help, a call, what is printed. The work lives in other rooms."""
