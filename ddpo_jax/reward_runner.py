@@ -97,7 +97,12 @@ class RewardRunner:
         return PendingReward(self._pool.submit(self._run, images, list(prompts), [dict(m) for m in metadata]))
 
     def close(self) -> None:
-        """Drops batches that have not started and waits for the one that runs."""
+        """Drops batches that have not started and waits for the one that runs.
+
+        A reward that may wait for long, such as for people, has a method ``close``: then its call ends at once.
+        """
+        if callable(close := getattr(self._fn, "close", None)):
+            close()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> RewardRunner:

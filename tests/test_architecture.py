@@ -17,8 +17,8 @@ LAYERS = [
     {"types"},
     {"ops", "weights", "sharding", "find", "errors", "keys", "grid", "liveness"},
     {"cli", "curves"},
-    {"diffusion", "models", "checkpoint", "metrics"},
-    {"mini"},
+    {"diffusion", "models", "checkpoint", "metrics", "serving"},
+    {"mini", "feedback"},
     {"algorithms", "weighting", "replay", "rewards", "prompts"},
     {"learner", "config", "reward_runner"},
     {"batching", "rollout", "validate", "value", "presets"},
@@ -26,6 +26,7 @@ LAYERS = [
     {"epoch", "workdir", "trained", "random_model"},
     {"train", "capacity"},
     {"main", "benchmark", "sample", "evaluate", "export", "compare"},
+    {"commands"},
     {"measure", "sweep"},  # one takes a config as main does, the other compares
 ]
 LAYER = {room: number for number, layer in enumerate(LAYERS) for room in layer}
@@ -42,7 +43,9 @@ ONLY = {
     "algorithms": {"types", "ops"},  # never a network, a config file or a device
     "weighting": {"types", "diffusion"},
     "replay": {"types"},
-    "rewards": {"types", "find", "models", "weights", "mini"},
+    "serving": {"errors"},  # functions are handed to it
+    "feedback": {"errors", "serving"},
+    "rewards": {"types", "find", "errors", "models", "weights", "mini", "serving", "feedback"},
     "prompts": {"types", "find", "mini"},
     "learner": {"types", "find", "ops", "diffusion", "sharding"},
     "config": {"types", "find", "keys"},
