@@ -126,15 +126,17 @@ def decode_image(text: Any, what: str, max_pixels: int = MAX_PIXELS) -> UInt8[np
     try:
         with Image.open(io.BytesIO(data), formats=["PNG"]) as picture:
             if picture.width * picture.height > max_pixels:
-                raise ProtocolError(
-                    f"{what} is {picture.width} x {picture.height}; the images of a request may have "
-                    f"{MAX_PIXELS} pixels in all; send fewer or smaller ones"
-                )
+                raise Image.DecompressionBombError  # as Pillow does where it is far beyond
             if picture.mode != "RGB":
                 raise ProtocolError(f"{what} has the colour mode {picture.mode}; it must be RGB, 8 bits a channel")
             return np.asarray(picture)
     except ProtocolError:
         raise
+    except Image.DecompressionBombError as error:
+        raise ProtocolError(
+            f"{what} is too large; the images of a request may have {MAX_PIXELS} pixels in all; "
+            "send fewer or smaller ones"
+        ) from error
     except UnidentifiedImageError as error:
         raise ProtocolError(f"{what} is not a PNG file ({len(data)} bytes)") from error
     except Exception as error:  # what else Pillow raises on damaged files is not written down
