@@ -104,6 +104,7 @@ class JsonClient:
         """
         payload = json.dumps(body).encode()
         start, wait, tries = self._clock(), FIRST_WAIT_S, 0
+        last = self._patience_s <= 0
         while True:
             tries += 1
             try:
@@ -113,7 +114,7 @@ class JsonClient:
                 left = self._patience_s - spent
                 if self._closed.is_set():
                     raise HttpError(f"{self.url} {error}; no longer waited for") from error
-                if left <= 0:
+                if last or left <= 0:
                     raise HttpError(f"{self.url} {error}; tried {_times(tries)} in {spent:.0f} s") from error
                 if error.wait_s > left:
                     raise HttpError(
@@ -124,7 +125,7 @@ class JsonClient:
                     "waiting for %s, which %s; next try in %.3g s, giving up in %.0f s", self.url, error, pause, left
                 )
                 self._sleep(pause)
-                wait = min(2 * wait, MAX_WAIT_S)
+                wait, last = min(2 * wait, MAX_WAIT_S), pause == left
                 continue
             if tries > 1:
                 logging.info("%s answers again, after %.0f s", self.url, self._clock() - start)
@@ -139,14 +140,18 @@ class JsonClient:
             headers["Content-Type"] = "application/json"
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
-        with _Watch(connection, f"{self.url}{path}", self._timeout_s, self._closed) as watch:
+        with _Watch(f"{self.url}{path}", self._timeout_s, self._closed) as watch:
             try:
+                connection.connect()
+                watch.hold(connection.sock)
                 try:
                     connection.request(method, base + path, payload, headers)
                 except (BrokenPipeError, ConnectionResetError):
                     pass  # refused before it was all sent; the answer may say why
                 response = connection.getresponse()
                 content = response.read(MAX_REPLY_BYTES + 1)
+                if watch.expired or (response.length and len(content) <= MAX_REPLY_BYTES):
+                    raise http.client.IncompleteRead(content, response.length)
             except (OSError, http.client.HTTPException) as error:
                 if watch.expired or isinstance(error, TimeoutError):
                     raise Retry(f"gave no answer within {self._timeout_s:g} s") from error
@@ -163,11 +168,18 @@ class _Watch:
     ever.
     """
 
-    def __init__(self, connection: http.client.HTTPConnection, what: str, timeout_s: float, closed: threading.Event):
+    def __init__(self, what: str, timeout_s: float, closed: threading.Event):
         self.expired = False
-        self._connection, self._what, self._timeout_s, self._closed = connection, what, timeout_s, closed
+        self._what, self._timeout_s, self._closed = what, timeout_s, closed
+        self._sock: socket.socket | None = None  # while it connects, its own time-out is enough
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="http-watch", daemon=True)
+
+    def hold(self, sock: socket.socket) -> None:
+        """Says which socket is to be ended."""
+        self._sock = sock
+        if self.expired:
+            self._end()
 
     def __enter__(self) -> _Watch:
         self._thread.start()
@@ -191,9 +203,9 @@ class _Watch:
                 notice *= 2
 
     def _end(self) -> None:
-        if (sock := self._connection.sock) is not None:  # None: still connecting, which has the socket's time-out
+        if self._sock is not None:
             try:
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not SSLSocket's, which is not made for two threads
+                socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # not SSLSocket's, which is for one thread
             except OSError:
                 pass  # closed by now
 
