@@ -20,7 +20,12 @@ from ddpo_jax.learner import TrainState
 from ddpo_jax.ops.advantages import PromptStats
 
 # What a resumed run may change, besides log.* and mesh.*.
-FREE = ("checkpoint.every", "checkpoint.keep", "train.microbatch_size")
+FREE = (
+    *("checkpoint.every", "checkpoint.keep", "train.microbatch_size"),
+    # Where a reward is asked and how long it is waited for; what it says is taken to be the same there.
+    *("reward.url", "reward.token", "reward.timeout_s", "reward.patience_s"),
+    *("reward.host", "reward.port", "reward.lease_s"),
+)
 
 
 def diff_that_matters(old: ConfigDict, new: ConfigDict) -> list[str]:

@@ -94,9 +94,9 @@ class Rater(threading.Thread):
 
 
 @contextlib.contextmanager
-def rated(address, value, count=1):
-    """``count`` people answer while the body runs; gives the list of them."""
-    raters = [Rater(address, value, f"robot {i}".replace(" ", "-")) for i in range(count)]
+def rated(address, value, count=1, limit=None):
+    """``count`` people give ``limit`` answers each while the body runs; gives the list of them."""
+    raters = [Rater(address, value, f"robot-{i}", limit) for i in range(count)]
     try:
         yield raters
     finally:
