@@ -314,7 +314,7 @@ def test_it_fits_the_screen_and_fingers(browser, start, mode, size):
 
 
 def test_names_for_those_who_cannot_see_it(browser, start):
-    """What a screen reader is told: every control and image has a name, progress is announced, the language is known."""
+    """What a screen reader is told: controls and images have names, progress is announced."""
     for mode in ("score", "pairs"):
         run = start(mode, 2)
         page = Page(browser, run.url)

@@ -1,6 +1,5 @@
 """The remote reward: a server's numbers, and what happens when it is not there, dies, comes back or lies."""
 
-import re
 import threading
 import time
 
@@ -123,13 +122,12 @@ ANSWERS = [
 @pytest.mark.parametrize(("answer", "message"), ANSWERS)
 def test_an_answer_that_is_no_scores_is_one_line_after_patience_is_over(answer, message):
     with Lying(answer) as lying:
-        fn = made(lying.server.url, patience_s=0.05)
+        fn = made(lying.server.url, patience_s=0.0)
         with pytest.raises(RewardError, match=message) as caught:
             call(fn, IMAGES, PROMPTS, METADATA, "remote")
-        assert lying.count > 1  # it was asked again
     text = str(caught.value)
     assert text.startswith(f"reward 'remote': {lying.server.url} answered ") and "\n" not in text
-    assert re.search(r"; tried \d+ times in 0 s$", text)
+    assert text.endswith("; tried once in 0 s")
 
 
 def test_a_lie_that_is_mended_in_time_loses_nothing():
