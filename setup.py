@@ -17,7 +17,9 @@ setup(
     python_requires=">=3.11",
     entry_points={"console_scripts": ["ddpo_jax = ddpo_jax.__main__:main"]},
     packages=find_packages(include=["ddpo_jax", "ddpo_jax.*"]),
-    package_data={"ddpo_jax": ["py.typed", "mini/assets/**/*", "models/weights/*.toml", "prompts/*.txt"]},
+    package_data={
+        "ddpo_jax": ["py.typed", "mini/assets/**/*", "models/weights/*.toml", "prompts/*.txt", "feedback/*.html"]
+    },
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",
@@ -41,6 +43,8 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.9.1"],
         "tpu": ["jax[tpu]>=0.9.1"],
+        # Rewards and the page for people's ratings over HTTP: reward.name=human, ddpo_jax serve. It needs nothing else.
+        "serve": ["waitress>=3.0.1"],
         # 100 000+ prompts from an array_record data set. tensorflow-datasets forgets to declare importlib_resources.
         "data": ["tensorflow-datasets>=4.9.9", "importlib_resources", "grain>=0.2.18"],
         # torch, diffusers, transformers and peft are the parity oracles; nothing in the package imports them.
@@ -54,9 +58,11 @@ setup(
             "pytest>=8",
             "pytest-xdist>=3.6",
             "ruff>=0.12",
+            "selenium>=4.20",  # with Debian's chromium and chromium-driver, where they are installed
             "tensorboard>=2.16",
             "torch",
             "transformers>=5",
+            "waitress>=3.0.1",
         ],
     },
     classifiers=[

@@ -26,6 +26,8 @@ ROOMS = {
     "replay": "family: which past samples are trained again",
     "rewards": "family: images to scores",
     "prompts": "family: what is drawn",
+    "feedback": "people's ratings: the queue, the page, the answers",
+    "serving": "a reward as a server",
     "mini": "the embedded miniature",
     "diffusion": "schedule, transition, guidance, policy, the scan",
     "ops": "pure functions",
@@ -45,7 +47,9 @@ ONLY = {
     "algorithms": {"ops"},  # never a network, a config file or a device
     "weighting": {"diffusion"},
     "replay": set(),
-    "rewards": {"models", "mini"},
+    "rewards": {"models", "mini", "serving", "feedback"},
+    "feedback": {"serving"},
+    "serving": set(),
     "prompts": {"mini"},
     "diffusion": {"ops", "models.schema"},  # of the networks' room only what a scheduler_config.json may hold
     "ops": set(),

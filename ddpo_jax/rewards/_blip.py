@@ -14,9 +14,8 @@ from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from ddpo_jax import weights
 from ddpo_jax.errors import InputError
-from ddpo_jax.models import preprocess
+from ddpo_jax.models import preprocess, weights
 from ddpo_jax.models.blip import checkpoint
 from ddpo_jax.models.blip.wordpiece import WordPiece
 

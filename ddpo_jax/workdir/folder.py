@@ -22,7 +22,12 @@ from ddpo_jax.errors import InputError, Interrupted
 from ddpo_jax.workdir import files, metrics
 
 # What a resumed run may change, besides log.* and mesh.*.
-FREE = ("checkpoint.every", "checkpoint.keep", "train.microbatch_size", "reward.wait_s")
+FREE = (
+    *("checkpoint.every", "checkpoint.keep", "train.microbatch_size", "reward.wait_s"),
+    # Where a reward is asked and how long it is waited for; what it says is taken to be the same there.
+    *("reward.url", "reward.token", "reward.timeout_s", "reward.patience_s"),
+    *("reward.host", "reward.port", "reward.lease_s"),
+)
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
