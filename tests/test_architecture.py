@@ -44,7 +44,7 @@ ONLY = {
     "algorithms": {"ops"},  # never a network, a config file or a device
     "weighting": {"diffusion"},
     "replay": set(),
-    "rewards": {"models", "mini"},
+    "rewards": {"models", "mini", "ops"},
     "prompts": {"mini"},
     "diffusion": {"ops"},
     "ops": set(),
