@@ -202,10 +202,11 @@ class Tokenizer:
     """
 
     def __init__(self, core: tokenizers.Tokenizer, where: str):
-        ids = {name: core.token_to_id(name) for name in (_CLS, _SEP, _PAD)}
-        missing = [name for name, number in ids.items() if number is None]
-        if missing:
-            raise ValueError(f"{where}: the vocabulary has no {', '.join(missing)}; it must be that of DeBERTa")
+        known = {name: core.token_to_id(name) for name in (_CLS, _SEP, _PAD)}
+        ids = {name: number for name, number in known.items() if number is not None}
+        if len(ids) < len(known):
+            missing = ", ".join(known.keys() - ids.keys())
+            raise ValueError(f"{where}: the vocabulary has no {missing}; it must be that of DeBERTa")
         core.enable_truncation(MAX_LENGTH)
         core.no_padding()
         self._core, self.pad_id, self.special = core, ids[_PAD], [ids[_CLS], ids[_SEP]]

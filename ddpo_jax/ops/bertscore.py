@@ -31,5 +31,6 @@ def recall(
 
 
 def _unit(embeddings: AnyArray) -> Array:
-    length = jnp.linalg.norm(embeddings.astype(jnp.float32), axis=-1, keepdims=True)
-    return embeddings / jnp.where(length == 0, 1, length)  # padding may be zero
+    vectors = jnp.asarray(embeddings, jnp.float32)
+    length = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
+    return vectors / jnp.where(length == 0, 1, length)  # padding may be zero

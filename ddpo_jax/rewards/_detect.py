@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -53,8 +52,8 @@ def make_detector(source: str, timeout_s: float) -> Detector:
         return _mini_detector()
     if source in ("", "auto"):
         raise InputError(
-            f"reward.detector: received {source!r}; this reward needs an object detector; write package.module:function "
-            "or the URL of a server, or mini for pictures of the miniature"
+            f"reward.detector: received {source!r}; this reward needs an object detector; write "
+            "package.module:function or the URL of a server, or mini for pictures of the miniature"
         )
     ask = _plug.connect(source, "reward.detector", "detections", timeout_s)
     return lambda images: [[_checked(item) for item in _listed(found)] for found in ask(images)]
@@ -114,6 +113,12 @@ def _around(center: np.ndarray) -> Box:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def scaled(box: Box, factor: float) -> Box:
+    """``box`` in an image that is ``factor`` times as large."""
+    x0, y0, x1, y1 = box
+    return factor * x0, factor * y0, factor * x1, factor * y1
+
+
 def overlap(first: Box, second: Box) -> tuple[float, float]:
     """(intersection over union, the larger share of a box that the other covers), both in [0, 1].
 
@@ -135,8 +140,8 @@ NUMBERS = {"a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5
 # Words that end a noun phrase or stand before one.
 _STOPS = frozenset(
     "the this that these those some many several each every no another both other his her its their my your our "
-    "of on in at to by with from for over under into onto near beside behind above below along alongside through across "
-    "against around between among inside outside as and or but while next left right top bottom side front back "
+    "of on in at to by with from for over under into onto near beside behind above below along alongside through "
+    "across against around between among inside outside as and or but while next left right top bottom side front back "
     "is are was were be been being am has have had do does there it they he she who which".split()
 )
 _IRREGULAR = {
@@ -222,4 +227,4 @@ def _forms(word: str, aliases: Mapping[str, str]) -> set[str]:
 
 def whole(value: Any) -> bool:
     """Whether a value of metadata is a whole number from 1."""
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

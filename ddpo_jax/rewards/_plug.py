@@ -1,8 +1,8 @@
 """Models that this package does not hold (a detector, a text recogniser, a vision-language model): two ways to one.
 
-``package.module:function`` is a function of the user's; ``http://...`` a server. Both get the images of a batch and give
-one answer for each. The server is sent ``POST {"image": [base64 PNG, ...], ...}`` and answers with one JSON object that
-holds the list. PNG, because JPEG would change the image.
+``package.module:function`` is a function of the user's; ``http://...`` a server. Both get the images of a batch and
+give one answer for each. The server is sent ``POST {"image": [base64 PNG, ...], ...}`` and answers with one JSON object
+that holds the list. PNG, because JPEG would change the image.
 """
 
 from __future__ import annotations

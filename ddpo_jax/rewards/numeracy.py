@@ -1,11 +1,12 @@
-"""Whether as many things are there as the prompt says, in [0, 1]: the numeracy rule of T2I-CompBench (arXiv:2307.06350).
+"""Whether as many things are there as the prompt says, in [0, 1]: T2I-CompBench's numeracy rule (arXiv:2307.06350).
 
 The prompt's n things are the nouns after a, an, one, two ... eight. Each adds 1/n times (a half for being detected at
 all, a half for being detected exactly as often as asked). Detections of one label are the same thing where their boxes
 overlap by IoU > 0.9 or one is covered by more than 90 %; of such, the first stays.
 
-A thing that is named twice is looked for twice. With the benchmark's own detector (UniDet) Stable Diffusion 1.4 reaches
-0.4461. Metadata ``objects`` (names) with ``count`` (a number, or one for each) goes before what is read from the prompt.
+A thing that is named twice is looked for twice. With the benchmark's own detector (UniDet) Stable Diffusion 1.4
+reaches 0.4461. Metadata ``objects`` (names) with ``count`` (a number, or one for each) goes before what is read from
+the prompt.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def asked(prompt: str, metadata: dict[str, Any]) -> list[_detect.Phrase]:
             )
         return counted
     objects = metadata["objects"]
-    counts = metadata["count"] if "count" in metadata else None
+    counts: Any = metadata["count"] if "count" in metadata else None
     counts = [counts] if _detect.whole(counts) else counts
     listed = isinstance(objects, list | tuple) and isinstance(counts, list | tuple)
     if not (listed and 0 < len(objects) == len(counts) and all(isinstance(name, str) for name in objects)):
@@ -81,7 +82,9 @@ def asked(prompt: str, metadata: dict[str, Any]) -> list[_detect.Phrase]:
             'write {"objects": ["cat", "dog"], "count": [2, 1]}'
         )
     if not all(_detect.whole(count) for count in counts):
-        raise InputError(f"numeracy: metadata count: received {counts!r}; it must be whole numbers from 1; write [2, 1]")
+        raise InputError(
+            f"numeracy: metadata count: received {counts!r}; it must be whole numbers from 1; write [2, 1]"
+        )
     return [_detect.Phrase(_detect.named(name).words, count) for name, count in zip(objects, counts, strict=True)]
 
 

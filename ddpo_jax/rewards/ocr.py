@@ -22,7 +22,7 @@ from ddpo_jax.errors import InputError
 from ddpo_jax.rewards import _plug
 
 _DOUBLE = re.compile(r'"([^"]*)"|“([^”]*)”|«([^»]*)»')
-# A straight single quote opens at the beginning of a word and closes at the end of one; inside words it is an apostrophe.
+# A straight single quote opens at the beginning of a word and closes at the end of one; within it is an apostrophe.
 _SINGLE = re.compile(r"(?<!\w)'((?:[^']|(?<=\w)'(?=\w))*)'(?!\w)|‘((?:[^’]|(?<=\w)’(?=\w))*)’")
 
 
@@ -75,13 +75,15 @@ def wanted(prompt: str, metadata: dict[str, Any]) -> str:
     if "text" in metadata:
         text = metadata["text"]
         if not isinstance(text, str) or not text.strip():
-            raise InputError(f"ocr: metadata text: received {text!r:.80}; it must be the text that the image should show")
+            raise InputError(
+                f"ocr: metadata text: received {text!r:.80}; it must be the text that the image should show"
+            )
         return text
     text = quoted(prompt)
     if not text:
         raise InputError(
             f"ocr: prompt {prompt!r} quotes no text; the text to draw must stand in quotes, as in "
-            "a sign that says \"OPEN\"; use such prompts, or give metadata text"
+            'a sign that says "OPEN"; use such prompts, or give metadata text'
         )
     return text
 

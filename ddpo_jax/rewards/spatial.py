@@ -95,8 +95,7 @@ def judge(
     seen = [detection for detection in firsts if detection is not None]
     score, placed = sum(0.25 * detection.score for detection in seen), float("nan")
     if len(seen) == 2:
-        boxes = [tuple(scale * edge for edge in detection.box) for detection in seen]
-        placed = position(relation, *boxes)
+        placed = position(relation, _detect.scaled(seen[0].box, scale), _detect.scaled(seen[1].box, scale))
         score += 0.5 * placed
     return (score if score >= LOWEST else 0.0), len(seen) / 2, placed
 
@@ -121,7 +120,9 @@ def asked(prompt: str, metadata: dict[str, Any]) -> tuple[tuple[_detect.Phrase, 
         return (phrases[0], phrases[-1]), relation
     objects = metadata["objects"]
     if not isinstance(objects, list | tuple) or len(objects) != 2 or not all(isinstance(name, str) for name in objects):
-        raise InputError(f"spatial: metadata objects: received {objects!r}; it must be two names; write [first, second]")
+        raise InputError(
+            f"spatial: metadata objects: received {objects!r}; it must be two names; write [first, second]"
+        )
     return (_detect.named(objects[0]), _detect.named(objects[1])), relation
 
 

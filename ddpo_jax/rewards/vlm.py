@@ -35,7 +35,9 @@ def default_config() -> ConfigDict:
     config.answerer = ""  # package.module:function (images, question=...) -> answers, or the URL of a server
     config.question = "Answer concisely: what is going on in this image?"  # asked of every image
     config.timeout_s = 120.0  # seconds that one answer of a remote model may take
-    config.encoder = ""  # folder of microsoft/deberta-xlarge-mnli, or package.module:function texts -> [(tokens, weights)]
+    config.encoder = (
+        ""  # folder of microsoft/deberta-xlarge-mnli, or package.module:function texts -> [(tokens, weights)]
+    )
     config.layer = 40  # encoder layer whose output is compared, of a folder
     config.batch_size = 8  # texts per call of the encoder, of a folder
     return config
@@ -43,6 +45,9 @@ def default_config() -> ConfigDict:
 
 def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]:
     """The reward; no parts.
+
+    An ``encoder`` that is a function takes a list of texts and returns for each of them (embeddings [L, D], weights
+    [L]) of its tokens; what has the weight 0 may be matched but is not looked for.
 
     Raises:
       InputError: there is no such model or encoder.

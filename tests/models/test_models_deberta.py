@@ -5,8 +5,8 @@ import json
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 import tiny_deberta
+from flax import nnx
 
 from ddpo_jax.models import deberta
 

@@ -151,7 +151,11 @@ def test_metadata_goes_first():
     [
         ("the cats", {}, r"prompt 'the cats' counts nothing; it must name things after a, an, one, two, .*eight; use"),
         ("nine cats", {}, r"counts nothing"),
-        ("x", {"objects": ["cat"]}, r"metadata objects: received \['cat'\] with count None; each object needs its number"),
+        (
+            "x",
+            {"objects": ["cat"]},
+            r"metadata objects: received \['cat'\] with count None; each object needs its number",
+        ),
         ("x", {"objects": ["cat", "dog"], "count": 2}, r"each object needs its number"),
         ("x", {"objects": [], "count": []}, r"each object needs its number"),
         ("x", {"objects": ["cat"], "count": [0]}, r"metadata count: received \[0\]; it must be whole numbers from 1"),

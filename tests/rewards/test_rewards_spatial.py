@@ -186,7 +186,11 @@ def test_metadata_goes_first():
 @pytest.mark.parametrize(
     "prompt, metadata, why",
     [
-        ("a cat and a dog", {}, r"prompt 'a cat and a dog' names no relation; it must say near, .*; use prompts of two"),
+        (
+            "a cat and a dog",
+            {},
+            r"prompt 'a cat and a dog' names no relation; it must say near, .*; use prompts of two",
+        ),
         ("a leftover near-miss", {}, r"names no relation"),
         ("a cat near a dog", {"relation": "inside"}, r"metadata relation 'inside' names no relation"),
         ("near the", {}, r"prompt 'near the' names no thing"),
