@@ -22,8 +22,8 @@ import tokenizers
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from ddpo_jax import weights
-from ddpo_jax.models import keys
+from ddpo_jax.errors import InputError
+from ddpo_jax.models import keys, weights
 
 MAX_LENGTH = 512  # tokens of a text, [CLS] and [SEP] included; the rest is cut
 _CLS, _SEP, _PAD = "[CLS]", "[SEP]", "[PAD]"
@@ -56,26 +56,26 @@ class DebertaConfig:
         """Reads a config.json of transformers.
 
         Raises:
-          ValueError: a size is missing, or an option has a value that is not supported.
+          InputError: a size is missing, or an option has a value that is not supported.
         """
         for key, (wanted, absent) in _FIXED.items():
             found = values[key] if key in values else absent
             if found != wanted:
-                raise ValueError(f"{where}: {key} = {found!r} is not supported; it must be {wanted!r}")
+                raise InputError(f"{where}: {key} = {found!r} is not supported; it must be {wanted!r}")
         kinds = values["pos_att_type"] if "pos_att_type" in values else ()
         kinds = kinds.split("|") if isinstance(kinds, str) else kinds or ()
         if {kind.strip().lower() for kind in kinds} != {"c2p", "p2c"}:
-            raise ValueError(f"{where}: pos_att_type = {kinds!r} is not supported; it must be c2p|p2c")
+            raise InputError(f"{where}: pos_att_type = {kinds!r} is not supported; it must be c2p|p2c")
         names = {field.name for field in dataclasses.fields(cls)}
         sizes = {key: value for key, value in values.items() if key in names}
         missing = sorted(names - sizes.keys() - {"max_relative_positions", "pad_token_id"})
         if missing:
-            raise ValueError(f"{where}: {', '.join(missing)} is missing; it must be a config.json of DeBERTa")
+            raise InputError(f"{where}: {', '.join(missing)} is missing; it must be a config.json of DeBERTa")
         if "max_relative_positions" not in sizes or sizes["max_relative_positions"] < 1:
             sizes["max_relative_positions"] = values["max_position_embeddings"]
         config = cls(**sizes)
         if config.hidden_size % config.num_attention_heads:
-            raise ValueError(
+            raise InputError(
                 f"{where}: hidden_size = {config.hidden_size} must be a multiple of "
                 f"num_attention_heads = {config.num_attention_heads}"
             )
@@ -206,7 +206,7 @@ class Tokenizer:
         ids = {name: number for name, number in known.items() if number is not None}
         if len(ids) < len(known):
             missing = ", ".join(known.keys() - ids.keys())
-            raise ValueError(f"{where}: the vocabulary has no {missing}; it must be that of DeBERTa")
+            raise InputError(f"{where}: the vocabulary has no {missing}; it must be that of DeBERTa")
         core.enable_truncation(MAX_LENGTH)
         core.no_padding()
         self._core, self.pad_id, self.special = core, ids[_PAD], [ids[_CLS], ids[_SEP]]
@@ -216,13 +216,13 @@ class Tokenizer:
         """Reads tokenizer.json, or else vocab.json and merges.txt.
 
         Raises:
-          ValueError: the folder has neither.
+          InputError: the folder has neither.
         """
         if (folder / "tokenizer.json").is_file():
             return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), str(folder))
         files = [str(folder / name) for name in ("vocab.json", "merges.txt")]
         if not all(Path(file).is_file() for file in files):
-            raise ValueError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt; copy them there")
+            raise InputError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt; copy them there")
         core = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*files))
         core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         known = [name for name in (_PAD, _CLS, _SEP, "[UNK]", "[MASK]") if core.token_to_id(name) is not None]
@@ -249,14 +249,14 @@ def load(folder: Path, layer: int) -> tuple[Deberta, Tokenizer]:
       layer: 1 is the first of the encoder's layers; the ones after it are not built.
 
     Raises:
-      ValueError: the folder is not that of a DeBERTa (version 1), or it has fewer layers.
+      InputError: the folder is not that of a DeBERTa (version 1), or it has fewer layers.
     """
     file = folder / "config.json"
     if not file.is_file():
-        raise ValueError(f"{folder}: no config.json there; give the folder of microsoft/deberta-xlarge-mnli")
+        raise InputError(f"{folder}: no config.json there; give the folder of microsoft/deberta-xlarge-mnli")
     config = DebertaConfig.from_dict(json.loads(file.read_text(encoding="utf-8")), str(file))
     if not 1 <= layer <= config.num_hidden_layers:
-        raise ValueError(f"{folder}: layer {layer} was asked for; it has layers 1 to {config.num_hidden_layers}")
+        raise InputError(f"{folder}: layer {layer} was asked for; it has layers 1 to {config.num_hidden_layers}")
     tokenizer = Tokenizer.from_folder(folder)
     config = dataclasses.replace(config, num_hidden_layers=layer, pad_token_id=tokenizer.pad_id)
     tensors = {name.removeprefix("deberta."): value for name, value in weights.read_folder(folder).items()}

@@ -1,8 +1,8 @@
-"""Whether as many things are there as the prompt says, in [0, 1]: T2I-CompBench's numeracy rule (arXiv:2307.06350).
+"""Whether as many things are there as the prompt says, in [0, 1]: the numeracy rule of T2I-CompBench.
 
-The prompt's n things are the nouns after a, an, one, two ... eight. Each adds 1/n times (a half for being detected at
-all, a half for being detected exactly as often as asked). Detections of one label are the same thing where their boxes
-overlap by IoU > 0.9 or one is covered by more than 90 %; of such, the first stays.
+Huang et al. 2023, arXiv:2307.06350. The prompt's n things are the nouns after a, an, one, two ... eight. Each adds 1/n
+times (a half for being detected at all, a half for being detected exactly as often as asked). Detections of one label
+are the same thing where their boxes overlap by IoU > 0.9 or one is covered by more than 90 %; of such, the first stays.
 
 A thing that is named twice is looked for twice. With the benchmark's own detector (UniDet) Stable Diffusion 1.4
 reaches 0.4461. Metadata ``objects`` (names) with ``count`` (a number, or one for each) goes before what is read from

@@ -1,7 +1,8 @@
-"""Whether two things stand as the prompt says, in [0, 1]: the 2D spatial rule of T2I-CompBench (arXiv:2307.06350).
+"""Whether two things stand as the prompt says, in [0, 1]: the 2D spatial rule of T2I-CompBench.
 
-The two things are the first and the last noun of the prompt (girl, boy, man and woman are "person"); of each, the
-first detection counts, so one noun twice is one and the same detection. With the detector's scores s1, s2::
+Huang et al. 2023, arXiv:2307.06350. The two things are the first and the last noun of the prompt (girl, boy, man and
+woman are "person"); of each, the first detection counts, so one noun twice is one and the same detection. With the
+detector's scores s1, s2::
 
     score = 0.25 s1 + 0.25 s2 + 0.5 position      where both are detected
     score = 0.25 s                                where one is

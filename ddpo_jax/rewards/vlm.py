@@ -1,9 +1,9 @@
-"""How well a vision-language model's description of an image says what the prompt says (DDPO, arXiv:2305.13301).
+"""How well a vision-language model's description of an image says what the prompt says.
 
-The model answers "Answer concisely: what is going on in this image?". The score is the BERTScore recall
-(arXiv:1904.09675) of "The image contains {prompt}" in that answer: the embeddings of
-microsoft/deberta-xlarge-mnli after layer 40, no importance weights, no rescaling, [CLS] and [SEP] with weight 0. About
-0.4 to 1; an empty answer gives 0.
+Black et al. 2023, arXiv:2305.13301, section 5. The model answers "Answer concisely: what is going on in this image?".
+The score is the BERTScore recall (Zhang et al. 2020, arXiv:1904.09675) of "The image contains {prompt}" in that answer:
+the embeddings of microsoft/deberta-xlarge-mnli after layer 40, no importance weights, no rescaling, [CLS] and [SEP]
+with weight 0. At most 1; an empty answer gives 0.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ import pytest
 import tiny_models
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.reward_runner import RewardError, RewardRunner
 from ddpo_jax.rewards import ocr
+from ddpo_jax.rollout.scoring import RewardError, RewardRunner
 
 
 def recursion(first, second):

@@ -6,8 +6,8 @@ import tiny_models
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.mini import world
-from ddpo_jax.reward_runner import RewardError, RewardRunner
 from ddpo_jax.rewards import _detect, spatial
+from ddpo_jax.rollout.scoring import RewardError, RewardRunner
 
 
 def around(x, y, half=20):

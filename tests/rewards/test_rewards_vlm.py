@@ -6,8 +6,8 @@ import tiny_deberta
 import tiny_models
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.reward_runner import RewardError, RewardRunner
 from ddpo_jax.rewards import vlm
+from ddpo_jax.rollout.scoring import RewardError, RewardRunner
 
 IMAGES = np.stack([np.full((8, 8, 3), level, np.uint8) for level in (0, 1, 2)])
 PROMPTS = ["a red cat", "a red cat", "the {sky}"]
