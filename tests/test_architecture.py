@@ -47,7 +47,7 @@ ONLY = {
     "algorithms": {"ops"},  # never a network, a config file or a device
     "weighting": {"diffusion"},
     "replay": set(),
-    "rewards": {"models", "mini", "serving", "feedback"},
+    "rewards": {"models", "mini", "ops", "serving", "feedback"},
     "feedback": {"serving"},
     "serving": set(),
     "prompts": {"mini"},

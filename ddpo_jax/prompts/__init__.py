@@ -9,6 +9,8 @@ A source defines::
 ``fn`` keeps no state between calls: what it returns follows from ``rng`` alone, so a run resumes exactly. Each of the n
 prompts is then sampled ``prompts.samples_per_prompt`` times. The metadata travels with the images to the reward.
 
+A prompt is text of at most 10 000 characters that is not empty.
+
 ``package.module:function`` is a user's own ``fn``; it may return the prompts alone.
 """
 
@@ -22,6 +24,7 @@ from ml_collections import ConfigDict
 
 from ddpo_jax import errors
 from ddpo_jax.errors import InputError
+from ddpo_jax.prompts import _text
 
 PromptFn = Callable[[np.random.Generator, int], tuple[list[str], list[dict[str, Any]]]]
 
@@ -69,6 +72,8 @@ def _strings(name: str, prompts: Any, n: int) -> list[str]:
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, str):
             raise InputError(f"{name}; prompt {index} is {prompt!r} ({type(prompt).__name__}); {rule}")
+        if (wrong := _text.fault(prompt)) is not None:
+            raise InputError(f"{name}; prompt {index} {wrong}")
     return [str(prompt) for prompt in prompts]
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.prompts import PromptFn, draw
+from ddpo_jax.prompts import PromptFn, _text, draw
 
 FILES = {"training": "animals.txt", "novel": "animals_novel.txt"}
+PLACE = "{animal}"
 
 
 def default_config() -> ConfigDict:
@@ -34,9 +35,7 @@ def animals(split: str) -> list[str]:
 
 def sentence(template: str, animal: str) -> str:
     """``template`` with the noun in it and the right article before it."""
-    if animal[0] in "aeiou":
-        template = template.replace("a {animal}", "an {animal}").replace("A {animal}", "An {animal}")
-    return template.replace("{animal}", animal)
+    return _text.insert(template, PLACE, animal)
 
 
 def make(config: ConfigDict) -> PromptFn:
@@ -47,11 +46,7 @@ def make(config: ConfigDict) -> PromptFn:
     """
     if config.split not in FILES:
         raise InputError(f"prompts.split: received {config.split!r}; it must be one of training, novel; use training")
-    if "{animal}" not in config.template:
-        raise InputError(
-            f"prompts.template: received {config.template!r}; it must contain {{animal}}; "
-            "use 'A painting of a {animal}'"
-        )
+    _text.check_template(config.template, PLACE, "A painting of a {animal}")
     nouns, template = animals(config.split), config.template
 
     def source(rng: np.random.Generator, n: int) -> tuple[list[str], list[dict[str, str]]]:

@@ -1,60 +1,50 @@
-"""The lines of a text file: one prompt a line, UTF-8, any line ending; empty lines are skipped."""
+"""The prompts of a file, UTF-8, one a line with any line ending: plain text, or JSONL with metadata.
+
+A file whose name ends in ``.jsonl`` has one JSON object a line; ``prompt`` (or ``caption``) is the prompt and every
+other key is metadata that travels to the reward, such as ``{"prompt": "two cats", "objects": ["cat"], "count": 2}``.
+Any other file is text. Empty lines are skipped. A prompt that stands there twice is drawn twice as often.
+"""
 
 from __future__ import annotations
 
-import pathlib
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpo_jax.errors import InputError
-from ddpo_jax.prompts import PromptFn, draw
+from ddpo_jax.prompts import PromptFn, _text, draw
 
 
 def default_config() -> ConfigDict:
     """Options of this source."""
     return ConfigDict(
         {
-            "path": "",  # the text file, from the current folder
+            "path": "",  # the text file, or one with a name in .jsonl, from the current folder
             "shuffle": True,  # True: lines at random; False: every call begins at the first line and goes in order
         }
     )
 
 
-def read(path: str) -> list[str]:
-    """The non-empty lines of a file, stripped.
+def read(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """The prompts of a file with their metadata: what the line brings, and ``line``, the index among the prompts.
 
     Raises:
-      InputError: in one line, why there are none.
+      InputError: in one line, why they cannot be had.
     """
-    fault = f"prompts.path: received {path!r}; "
-    if not path:
-        raise InputError(f"{fault}prompts.name=file needs a text file with one prompt a line; write prompts.path=FILE")
-    file = pathlib.Path(path).expanduser()
-    if not file.is_file():
-        raise InputError(f"{fault}{'it is a folder' if file.is_dir() else 'there is no such file'}; give a text file")
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{fault}byte {error.start} is not UTF-8 text; save the file as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"{fault}it cannot be read: {error.strerror}; give a file you can read") from error
-    lines = [line.strip() for line in text.splitlines()]
-    for number, line in enumerate(lines, 1):
-        if "\0" in line:
-            raise InputError(f"{fault}line {number} has a zero byte, so this is no text; save the file as UTF-8")
-    lines = [line for line in lines if line]
-    if not lines:
-        raise InputError(f"{fault}the file has no prompts; write one a line")
-    return lines
+    numbered = _text.lines(path, "prompts.name=file needs a file with one prompt a line, text or .jsonl")
+    if path.lower().endswith(".jsonl"):
+        found = [_text.row(path, number, line) for number, line in numbered]
+    else:
+        found = [(_text.checked(path, number, line), {}) for number, line in numbered]
+    return [(prompt, {"line": index} | metadata) for index, (prompt, metadata) in enumerate(found)]
 
 
 def make(config: ConfigDict) -> PromptFn:
-    """Reads the file once and draws its lines; metadata ``{"line": index among the non-empty lines}``."""
-    lines, shuffle = read(config.path), config.shuffle
+    """Reads the file once and draws its prompts; the metadata is that of ``read``."""
+    found, shuffle = read(config.path), config.shuffle
 
-    def source(rng: np.random.Generator, n: int) -> tuple[list[str], list[dict[str, int]]]:
-        chosen = draw(rng, len(lines), n) if shuffle else np.arange(n) % len(lines)
-        return [lines[index] for index in chosen], [{"line": int(index)} for index in chosen]
+    def source(rng: np.random.Generator, n: int) -> tuple[list[str], list[dict[str, Any]]]:
+        chosen = draw(rng, len(found), n) if shuffle else np.arange(n) % len(found)
+        return [found[index][0] for index in chosen], [dict(found[index][1]) for index in chosen]
 
     return source

@@ -23,17 +23,9 @@ def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)
 
 
-@pytest.fixture
-def lines(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("one\ntwo\nthree\nfour\nfive\n")
-    return path
-
-
 @pytest.mark.parametrize("name", find.available("prompts"))
-def test_every_source_conforms(name, lines):
-    options = {"path": str(lines)} if name == "file" else {}
-    source = made(name, **options)
+def test_every_source_conforms(name, options):
+    source = made(name, **options(name))
     prompts, metadata = source(rng(), 70)
     assert len(prompts) == len(metadata) == 70
     assert all(type(prompt) is str and prompt == prompt.strip() and prompt for prompt in prompts)
@@ -103,7 +95,7 @@ def test_mini_counts_the_same_prompts_in_every_run():
 def test_file_lines(tmp_path):
     path = tmp_path / "windows.txt"
     path.write_bytes("\ufeffun café\r\n\r\n  a dog \r\nlast".encode())
-    assert file.read(str(path)) == ["un café", "a dog", "last"]
+    assert file.read(str(path)) == [("un café", {"line": 0}), ("a dog", {"line": 1}), ("last", {"line": 2})]
     drawn, metadata = made("file", path=str(path), shuffle=False)(rng(), 4)
     assert drawn == ["un café", "a dog", "last", "un café"]
     assert [item["line"] for item in metadata] == [0, 1, 2, 0]
@@ -113,7 +105,7 @@ def test_file_lines(tmp_path):
 @pytest.mark.parametrize(
     "name, options, line",
     [
-        ("file", {}, "prompts.path: received ''; prompts.name=file needs a text file"),
+        ("file", {}, "prompts.path: received ''; prompts.name=file needs a file with one prompt"),
         ("file", {"path": "/nowhere.txt"}, "prompts.path: received '/nowhere.txt'; there is no such file"),
         ("file", {"path": "/"}, "prompts.path: received '/'; it is a folder"),
         ("mini", {"split": "test"}, "prompts.split: received 'test'; it must be one of training, novel, large"),
@@ -152,6 +144,9 @@ def short(rng, n): return ["x"] * (n - 1)
 def text(rng, n): return "x" * n
 def numbers(rng, n): return [1] * n
 def bare(rng, n): return ["x"] * n, ["y"] * n
+def empty(rng, n): return ["x", " "] * (n // 2)
+def endless(rng, n): return ["x", "y" * 10_001] * (n // 2)
+def half(rng, n): return ["x", "cat \\ud83d"] * (n // 2)
 def raises(rng, n): raise KeyError("no\\nluck")
 constant = 3
 """
@@ -181,6 +176,9 @@ def test_own_functions(own):
         ("numbers", "prompt 0 is 1 (int)"),
         ("bare", "its metadata is 4 items; it must be 4 dictionaries"),
         ("raises", "it raised KeyError: 'no"),
+        ("empty", "prompt 1 is empty; a prompt needs at least one word"),
+        ("endless", "prompt 1 has 10001 characters; a prompt may have at most 10000"),
+        ("half", "prompt 1 has half of a character (U+D83D, a lone surrogate) at 4"),
     ],
 )
 def test_own_functions_that_return_something_else(own, function, why):

@@ -1,0 +1,91 @@
+"""Models from outside: a function of the user's, and a server, which may be slow, wrong, or not there."""
+
+import numpy as np
+import pytest
+import tiny_models
+
+from ddpo_jax.errors import InputError
+from ddpo_jax.rewards import _plug
+from ddpo_jax.rewards._check import RewardError
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(_plug, "FIRST_WAIT_S", 0.01)
+
+
+def connect(source, timeout_s=5.0):
+    return _plug.connect(source, "reward.recogniser", "texts", timeout_s)
+
+
+def test_a_function_gets_the_images_and_the_fields():
+    assert connect("tiny_models:read")(IMAGES) == tiny_models.read(IMAGES)
+    assert connect("tiny_models:answer")(IMAGES, question="why?") == tiny_models.answer(IMAGES, "why?")
+
+
+def test_a_server_sees_the_very_pixels():
+    def reply(payload):
+        return {"texts": tiny_models.answer(tiny_models.images_of(payload), payload["question"])}
+
+    with tiny_models.Server(reply) as server:
+        assert connect(server.url)(IMAGES, question="why?") == tiny_models.answer(IMAGES, "why?")
+        (asked,) = server.asked
+    assert set(asked) == {"image", "question"}
+    np.testing.assert_array_equal(tiny_models.images_of(asked), IMAGES)
+
+
+def test_a_server_that_is_busy_is_asked_again():
+    replies = [503, 429, {"texts": ["x", "y", "z"]}]
+    with tiny_models.Server(lambda payload: replies.pop(0)) as server:
+        assert connect(server.url)(IMAGES) == ["x", "y", "z"]
+        assert len(server.asked) == 3
+
+
+@pytest.mark.parametrize(
+    "reply, tries, why",
+    [
+        (500, 4, r"answered 500 Internal Server Error; tried 4 times"),
+        (404, 1, r"answered 404 Not Found; tried 1 times"),
+        (b"<html>hello</html>", 4, r"gave no answer \(JSONDecodeError: .*\); tried 4 times"),
+        ({"text": []}, 1, r"answered \{'text': \[\]\}; it must answer \{'texts': \[...\]\}"),
+        (["x", "y", "z"], 1, r"answered \['x', 'y', 'z'\]; it must answer"),
+        ({"texts": ["x"]}, 1, r"gave 1 answers for 3 images; it must give a list of one each"),
+        ({"texts": "xyz"}, 1, r"gave a str for 3 images"),
+    ],
+)
+def test_a_server_that_is_wrong_is_one_line(reply, tries, why):
+    with tiny_models.Server(lambda payload: reply) as server:
+        with pytest.raises(RewardError, match=why) as error:
+            connect(server.url)(IMAGES)
+        assert len(server.asked) == tries
+    assert "\n" not in str(error.value) and str(error.value).startswith(f"reward.recogniser={server.url!r} ")
+
+
+def test_a_server_that_is_not_there():
+    with tiny_models.Server(lambda payload: 200) as server:
+        url = server.url
+    with pytest.raises(RewardError, match=r"gave no answer \(URLError: .*refused.*\); tried 4 times"):
+        connect(url)(IMAGES)
+
+
+@pytest.mark.parametrize(
+    "source, why",
+    [
+        ("", r"received ''; it must name a model; write package.module:function or http://"),
+        ("easyocr", r"received 'easyocr'; it must name a model"),
+        ("tiny_models:write", r"received 'tiny_models:write'; .*has no 'write'"),
+        ("nowhere.at.all:read", r"received 'nowhere.at.all:read'; .*there is no module 'nowhere'"),
+    ],
+)
+def test_models_that_are_not_there(source, why):
+    with pytest.raises(InputError, match=f"^reward.recogniser: {why}") as error:
+        connect(source)
+    assert "\n" not in str(error.value)
+
+
+def test_answers_must_be_text():
+    assert _plug.texts(["a", ""], "reward.recogniser") == ["a", ""]
+    with pytest.raises(RewardError, match=r"^reward.recogniser gave None for image 1; it must give a string"):
+        _plug.texts(["a", None], "reward.recogniser")
