@@ -18,9 +18,9 @@ from jaxtyping import Array, Float, Float32, UInt8
 from ml_collections import ConfigDict
 
 import ddpo_jax
-from ddpo_jax import weights
+
 from ddpo_jax.errors import InputError
-from ddpo_jax.models import clip, keys, preprocess
+from ddpo_jax.models import clip, keys, preprocess, weights
 from ddpo_jax.models.clip import names
 from ddpo_jax.models.tokenizer import Tokenizer
 
@@ -109,35 +109,32 @@ def find(config: ConfigDict, published: Published) -> Path:
       InputError: nothing is there, or the hub does not give it; says which file of which repository to get.
     """
     given, wanted = config.clip, f"{published.files[0]} of the hub repository {published.repo}"
-    if not given:
-        mini = config.weights == "mini"
-        return embedded("clip", "reward.weights", "mini") if mini else _download(published, "reward.clip=''")
+    if not given and config.weights == "mini":
+        return embedded("clip", "reward.weights", "mini")
     path = Path(given).expanduser()
-    if path.is_file():
+    if given and path.is_file():
         return path
-    if path.is_dir():
-        found = _inside(path, published)
-        if found is None:
-            raise InputError(
-                f"reward.clip={given!r}: no config.json there and no {published.files[0]}; "
-                f"give {wanted}, or a folder that CLIPModel.save_pretrained wrote"
-            )
-        return found
-    if not _HUB_ID.fullmatch(given) or given.startswith("."):
+    if given and path.is_dir():
+        folder = path
+    elif not given or (_HUB_ID.fullmatch(given) and not given.startswith(".")):
+        known = {entry.repo: entry for entry in (B32, L14, PICKSCORE, published)} | {"": published}
+        other = Published(given, None, ("model.safetensors", "pytorch_model.bin"), published.config)
+        folder = _download(known[given] if given in known else other, f"reward.clip={given!r}")
+    else:
         raise InputError(f"reward.clip={given!r}: no such folder or file; give {wanted}, its folder, or a hub id")
-    others = Published(given, None, ("model.safetensors", "pytorch_model.bin"), published.config)
-    known = {entry.repo: entry for entry in (B32, L14, PICKSCORE, published)}
-    return _download(known[given] if given in known else others, f"reward.clip={given!r}")
-
-
-def _inside(folder: Path, published: Published) -> Path | None:
     if (folder / "config.json").is_file():
         return folder
-    return next((folder / file for file in published.files if (folder / file).is_file()), None)
+    for file in published.files:
+        if (folder / file).is_file():
+            return folder / file
+    raise InputError(
+        f"reward.clip={given!r}: no config.json there and no {published.files[0]}; "
+        f"give {wanted}, or a folder that CLIPModel.save_pretrained wrote"
+    )
 
 
 def _download(published: Published, asked: str, fix: str = "give its folder as reward.clip") -> Path:
-    """What ``find`` returns of the hub's cache; ``asked`` and ``fix`` are for the message."""
+    """The repository's folder in the hub's cache, with its weights; ``asked`` and ``fix`` are for the message."""
     import huggingface_hub
 
     repo, revision, files, _ = published
@@ -147,7 +144,7 @@ def _download(published: Published, asked: str, fix: str = "give its folder as r
         for file in files:
             huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[file])
             if (folder / file).is_file():
-                return _inside(folder, published) or folder
+                return folder
     except Exception as error:  # no network, no such repository, no access: the hub's client has many errors
         cause = " ".join(str(error).split())
         raise InputError(
@@ -271,8 +268,8 @@ def load_clip(
     """
     with blamed("reward.clip", path):
         config = read_config(path, published, exact)
-        tokenizer = _tokenizer(path, config.text)
-        model = keys.load(clip.CLIP, config, read_tensors(path), dtype=dtype)
+        tensors, tokenizer = read_tensors(path), _tokenizer(path, config.text)
+        model = keys.load(clip.CLIP, config, tensors, dtype=dtype)
         return model, tokenizer, Processor.from_folder(path, config.vision.image_size)
 
 

@@ -21,9 +21,9 @@ from flax import nnx
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from ddpo_jax import weights
+
 from ddpo_jax.errors import InputError
-from ddpo_jax.models import aesthetic_head, keys
+from ddpo_jax.models import aesthetic_head, keys, weights
 from ddpo_jax.models.clip import CLIPVisionProjected
 from ddpo_jax.rewards import _clip
 
