@@ -18,7 +18,6 @@ from jaxtyping import Array, Float, Float32, UInt8
 from ml_collections import ConfigDict
 
 import ddpo_jax
-
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import clip, keys, preprocess, weights
 from ddpo_jax.models.clip import names

@@ -21,7 +21,6 @@ from flax import nnx
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import aesthetic_head, keys, weights
 from ddpo_jax.models.clip import CLIPVisionProjected

@@ -7,7 +7,6 @@ import pathlib
 import numpy as np
 import pytest
 
-
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import aesthetic_head, weights
 from ddpo_jax.rewards import _clip, aesthetic
