@@ -21,5 +21,5 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Shapes and dtypes in the annotations of the package are checked while the tests run.
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path[:0] = [str(pathlib.Path(__file__).parent / "helpers"), str(pathlib.Path(__file__).parent)]
 jaxtyping.install_import_hook("ddpo_jax", "array_checker.check")

@@ -1,35 +1,81 @@
-"""What the CLIP rewards share: finding and reading a CLIP folder, its image processor, and batches of one size."""
+"""What the CLIP rewards share: finding and reading a CLIP, its image processor, and batches of one size."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Float32, UInt8
 from ml_collections import ConfigDict
 
 import ddpo_jax
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import clip, keys, preprocess, weights
+from ddpo_jax.models.clip import names
+from ddpo_jax.models.tokenizer import Tokenizer
 
 ASSETS = Path(ddpo_jax.__file__).parent / "mini" / "assets"
-B32, L14 = "openai/clip-vit-base-patch32", "openai/clip-vit-large-patch14"
-# A hub id without a commit may change under a run; these are the ones whose scores the papers report.
-REVISIONS = {
-    B32: "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268",
-    L14: "32bd64288804d66eefd0ccbe215aa642df71cc41",
-}
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SMALL_FILES = ["*.json", "merges.txt"]
-_WEIGHTS = ["model.safetensors", "pytorch_model.bin"]
+_PICKLED = (".pt", ".pth", ".bin")
+
+
+class Published(NamedTuple):
+    """A CLIP on the model hub, at one commit: a hub id without it may change under a run."""
+
+    repo: str
+    revision: str | None
+    files: tuple[str, ...]  # of weights; the first one that the repository holds is read
+    config: clip.CLIPConfig  # of a file of weights that is given without its folder
+
+
+B32 = Published(
+    "openai/clip-vit-base-patch32", "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268", ("pytorch_model.bin",), clip.B32
+)
+L14 = Published(
+    "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41", ("model.safetensors",), clip.L14
+)
+PICKSCORE = Published(
+    "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800", ("model.safetensors",), clip.H14
+)
+
+
+# --- options ----------------------------------------------------------------------------------------------------------
+
+
+def check(key: str, value: str, allowed: Collection[str]) -> None:
+    """Refuses a value that is not allowed.
+
+    Raises:
+      InputError: naming the key, the value and what it may be.
+    """
+    if value not in allowed:
+        *most, last = allowed
+        auto = "; auto follows the model" if key == "reward.weights" else ""
+        raise InputError(f"{key}={value!r}: must be {', '.join(most)} or {last}{auto}")
+
+
+def compute_type(config: ConfigDict) -> Any:
+    """The dtype that the option ``dtype`` names: that of a network's products; its parameters stay float32.
+
+    Raises:
+      InputError: there is no such choice.
+    """
+    check("reward.dtype", config.dtype, _DTYPES)
+    return _DTYPES[config.dtype]
+
+
+# --- finding ----------------------------------------------------------------------------------------------------------
 
 
 def embedded(name: str, key: str, value: str) -> Path:
@@ -51,57 +97,77 @@ def embedded(name: str, key: str, value: str) -> Path:
     return folder
 
 
-def chosen_folder(config: ConfigDict, default: str) -> Path:
-    """The CLIP folder of a reward's options ``clip`` and ``weights``.
+def find(config: ConfigDict, published: Published) -> Path:
+    """Where the CLIP of a reward is: a model folder, with a config.json, or one file of weights.
 
     Args:
-      config: ``clip`` names a folder or hub id; empty, ``weights`` decides: "mini" is the miniature's.
-      default: hub id of all other ``weights``.
+      config: ``clip`` names a folder, a file or a hub id; empty, ``weights`` decides: "mini" is the miniature's.
+      published: the CLIP of all other ``weights``; like a hub id it is downloaded once.
 
     Raises:
-      InputError: as ``embedded`` and ``clip_folder``.
+      InputError: nothing is there, or the hub does not give it; says which file of which repository to get.
     """
-    if not config.clip and config.weights == "mini":
+    given, wanted = config.clip, f"{published.files[0]} of the hub repository {published.repo}"
+    if not given and config.weights == "mini":
         return embedded("clip", "reward.weights", "mini")
-    return clip_folder(config.clip or default, "reward.clip")
-
-
-def clip_folder(source: str, key: str) -> Path:
-    """A CLIP folder: a local one, or that of a hub id, which is downloaded once.
-
-    Raises:
-      InputError: it is neither, or it cannot be downloaded.
-    """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise InputError(
-                f"{key}={source!r}: no config.json there; give a folder that CLIPModel.save_pretrained wrote"
-            )
+    path = Path(given).expanduser()
+    if given and path.is_file():
+        return path
+    if given and path.is_dir():
+        folder = path
+    elif not given or (_HUB_ID.fullmatch(given) and not given.startswith(".")):
+        known = {entry.repo: entry for entry in (B32, L14, PICKSCORE, published)} | {"": published}
+        other = Published(given, None, ("model.safetensors", "pytorch_model.bin"), published.config)
+        folder = _download(known[given] if given in known else other, f"reward.clip={given!r}")
+    else:
+        raise InputError(f"reward.clip={given!r}: no such folder or file; give {wanted}, its folder, or a hub id")
+    if (folder / "config.json").is_file():
         return folder
-    if not _HUB_ID.fullmatch(source) or source.startswith("."):
-        raise InputError(f"{key}={source!r}: no such folder; give a CLIP folder or a hub id such as {B32}")
+    for file in published.files:
+        if (folder / file).is_file():
+            return folder / file
+    raise InputError(
+        f"reward.clip={given!r}: no config.json there and no {published.files[0]}; "
+        f"give {wanted}, or a folder that CLIPModel.save_pretrained wrote"
+    )
+
+
+def _download(published: Published, asked: str, fix: str = "give its folder as reward.clip") -> Path:
+    """The repository's folder in the hub's cache, with its weights; ``asked`` and ``fix`` are for the message."""
     import huggingface_hub
 
+    repo, revision, files, _ = published
+    commit = f" (commit {revision})" if revision else ""
     try:
-        revision = REVISIONS.get(source)
-        folder = Path(huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=_SMALL_FILES))
-        for name in _WEIGHTS:
-            huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=[name])
-            if (folder / name).is_file():
+        folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=_SMALL_FILES))
+        for file in files:
+            huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[file])
+            if (folder / file).is_file():
                 return folder
     except Exception as error:  # no network, no such repository, no access: the hub's client has many errors
         cause = " ".join(str(error).split())
         raise InputError(
-            f"{key}={source!r}: no such folder, and the hub does not give it ({type(error).__name__}: {cause[:300]}); "
-            "give a local CLIP folder, or download it where there is a network"
+            f"{asked}: needs {' or '.join(files)} of the hub repository {repo}{commit}, and the hub does not give it "
+            f"({type(error).__name__}: {cause[:300]}); download the repository where there is a network and {fix}"
         ) from error
-    raise InputError(f"{key}={source!r}: the repository holds none of {', '.join(_WEIGHTS)}; convert the model first")
+    raise InputError(f"{asked}: the hub repository {repo} holds no {' or '.join(files)}; convert the model first")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def blamed(key: str, path: Path) -> Iterator[None]:
+    """Around the reading of files that the user named: what is wrong with them is the fault of ``key``, in one line."""
+    try:
+        yield
+    except ValueError as error:  # of our readers: wrong names or shapes, damaged files, broken JSON
+        raise InputError(f"{key}={str(path)!r}: {' '.join(str(error).split())}") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """uint8 images of any size to the input of a vision tower."""
+    """uint8 images of any size to the input of a vision tower: ``crop`` on the host, the rest on the device."""
 
     size: int
     mean: tuple[float, ...] = preprocess.CLIP_MEAN
@@ -109,7 +175,7 @@ class Processor:
 
     @classmethod
     def from_folder(cls, folder: Path, image_size: int) -> Processor:
-        """Reads preprocessor_config.json; a folder without one means CLIP's own constants.
+        """Reads preprocessor_config.json; where there is none, CLIP's own constants hold.
 
         Raises:
           InputError: it asks for anything but shortest side, bicubic, centre crop to ``image_size``, normalise.
@@ -132,44 +198,151 @@ class Processor:
         )
         return cls(image_size, mean, std)
 
-    def __call__(self, images: UInt8[Array, "N H W 3"]) -> Float[Array, "N size size 3"]:
-        return preprocess.clip_pixels(images, self.size, path="pil", mean=self.mean, std=self.std)
+    def crop(self, images: UInt8[np.ndarray, "N H W 3"]) -> UInt8[np.ndarray, "N size size 3"]:
+        """Shortest side to ``size`` by Pillow, centre crop."""
+        return preprocess.clip_crop(images, self.size)
+
+    def __call__(self, images: UInt8[Array, "N size size 3"]) -> Float[Array, "N size size 3"]:
+        """Levels to floats of about unit variance."""
+        return preprocess.normalize(images.astype(jnp.float32) / 255.0, self.mean, self.std)
 
 
-def read_config(folder: Path) -> clip.CLIPConfig:
-    """The folder's config.json."""
-    return clip.CLIPConfig.from_dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+def read_config(path: Path, published: Published, exact: bool = False) -> clip.CLIPConfig:
+    """The folder's config.json; a file of weights is the published network, and with ``exact`` so must a folder be."""
+    if path.is_file():
+        return published.config
+    config = clip.CLIPConfig.from_dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    found, wanted = _architecture(config), _architecture(published.config)
+    if exact and found != wanted:
+        faults = [
+            f"{name} = {found[name]!r} instead of {wanted[name]!r}" for name in wanted if found[name] != wanted[name]
+        ]
+        raise InputError(f"another network than that of {published.repo}: {', '.join(faults)}; give that one's weights")
+    return config
 
 
-def load_vision(folder: Path) -> tuple[clip.CLIPVisionProjected, Processor]:
-    """The vision tower with its projection; the text tower of the folder is not read."""
-    config = read_config(folder)
-    vision = dataclasses.replace(config.vision, projection_dim=config.projection_dim)
-    tensors = keys.select(weights.read_folder(folder), "vision_model", "visual_projection")
-    return (
-        keys.load(clip.CLIPVisionProjected, vision, tensors, where=str(folder)),
-        Processor.from_folder(folder, vision.image_size),
-    )
+def _architecture(config: clip.CLIPConfig) -> dict[str, Any]:
+    """What decides the shapes and the arithmetic, as ``vision.hidden_size`` and so on."""
+    values = dataclasses.asdict(config)
+    unread = ("eos_token_id", "projection_dim")  # old files name another end token; a tower's own projection is unused
+    towers = {f"{t}.{key}": x for t in ("text", "vision") for key, x in values[t].items() if key not in unread}
+    return {"projection_dim": config.projection_dim, **towers}
 
 
-def load_clip(folder: Path) -> tuple[clip.CLIP, Processor]:
-    """Both towers."""
-    config = read_config(folder)
-    model = keys.load(clip.CLIP, config, weights.read_folder(folder), where=str(folder))
-    return model, Processor.from_folder(folder, config.vision.image_size)
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors of a model folder or a file of weights, by transformers' names."""
+    if path.is_dir():
+        return names.to_transformers(weights.read_folder(path))
+    read = weights.read_pickle_tensors if path.suffix in _PICKLED else weights.read_safetensors
+    return names.to_transformers(read(path))
+
+
+def load_vision(path: Path, published: Published, dtype: Any) -> tuple[clip.CLIPVisionProjected, Processor]:
+    """The vision tower with its projection, and the image processor; the text tower is not read.
+
+    Raises:
+      InputError: damaged files, or those of another network.
+    """
+    with blamed("reward.clip", path):
+        config = read_config(path, published)
+        vision = dataclasses.replace(config.vision, projection_dim=config.projection_dim)
+        tensors = keys.select(read_tensors(path), "vision_model", "visual_projection")
+        model = keys.load(clip.CLIPVisionProjected, vision, tensors, dtype=dtype)
+        return model, Processor.from_folder(path, vision.image_size)
+
+
+def load_clip(
+    path: Path, published: Published, dtype: Any, *, exact: bool = False
+) -> tuple[clip.CLIP, Tokenizer, Processor]:
+    """Both towers, the tokenizer and the image processor.
+
+    Args:
+      path: see ``find``.
+      published: what a file of weights is, and with ``exact`` a folder too.
+      dtype: of the products.
+      exact: refuse the folder of another network.
+
+    Raises:
+      InputError: damaged files, those of another network, or no tokenizer that fits it.
+    """
+    with blamed("reward.clip", path):
+        config = read_config(path, published, exact)
+        tensors, tokenizer = read_tensors(path), _tokenizer(path, config.text)
+        model = keys.load(clip.CLIP, config, tensors, dtype=dtype)
+        return model, tokenizer, Processor.from_folder(path, config.vision.image_size)
+
+
+def _tokenizer(path: Path, config: clip.CLIPTextConfig) -> Tokenizer:
+    """The folder's, or the one beside a file of weights, or else OpenAI's, which all published CLIPs share."""
+    folder = path if path.is_dir() else path.parent
+    if path.is_file() and not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        source = B32._replace(files=("merges.txt",))
+        folder = _download(source, "tokenizer", f"put its vocab.json and merges.txt beside {path.name}")
+    tokenizer = Tokenizer.from_folder(folder)
+    ends = (tokenizer.eos_token_id, clip.LEGACY_EOS_TOKEN_ID)
+    if tokenizer.vocab_size > config.vocab_size or config.eos_token_id not in ends:
+        raise InputError(
+            f"the tokenizer in {folder} has {tokenizer.vocab_size} tokens and ends a text with {ends[0]}, the network "
+            f"knows {config.vocab_size} and looks for {config.eos_token_id}; give the model's own tokenizer"
+        )
+    return tokenizer
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def unit(features: Float[Array, "N P"]) -> Float32[Array, "N P"]:
+    """Rows of length 1, in float32 whatever the network computes in."""
+    return clip.normalize(features.astype(jnp.float32))
+
+
+def cosine(
+    model: clip.CLIP,
+    tokenizer: Tokenizer,
+    batch_size: int,
+    pixels: Callable[[Array], Array],
+    prepare: Callable[[np.ndarray], np.ndarray] = lambda images: images,
+) -> Callable[[np.ndarray, list[str]], np.ndarray]:
+    """The cosine of each image's and its own prompt's embedding: (u8[N,H,W,3], N prompts) to f32[N].
+
+    Args:
+      model: both towers.
+      tokenizer: prompts that are longer than its rows are cut.
+      batch_size: images, and prompts, per call of the network.
+      pixels: images to the vision tower's input, on the device.
+      prepare: what happens to the images before that, on the host.
+    """
+    embed_images = in_batches(model, lambda m, x: unit(m.image_features(pixels(x))), batch_size, prepare)
+    embed_texts = in_batches(model, lambda m, ids: unit(m.text_features(ids)), batch_size)
+
+    def run(images: np.ndarray, prompts: list[str]) -> np.ndarray:
+        distinct = sorted(set(prompts))  # samples of a prompt share its embedding
+        rows = np.searchsorted(distinct, prompts)
+        return np.sum(embed_images(images) * embed_texts(tokenizer(distinct))[rows], axis=-1)
+
+    return run
 
 
 def in_batches(
-    model: nnx.Module, fn: Callable[[Any, Array], Array], batch_size: int
+    model: nnx.Module,
+    fn: Callable[[Any, Array], Array],
+    batch_size: int,
+    prepare: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
 ) -> Callable[[np.ndarray], np.ndarray]:
     """``fn`` on the host, jitted: rows in batches of ``batch_size``, the last one filled up with copies of a row.
+
+    The host prepares a batch while the device computes the one before; no more than those two are on the device.
 
     Args:
       model: the networks; their parameters are arguments of the compiled program, not constants in it.
       fn: (model, rows) to rows, each computed on its own.
       batch_size: rows per call of the device.
+      prepare: rows to rows, each on its own, on the host.
     Returns:
       rows [N, ...] to f32[N, ...], of any N > 0; another N does not compile again.
+
+    Raises:
+      InputError: the batch size is not positive.
     """
     if batch_size < 1:
         raise InputError(f"reward.batch_size={batch_size} must be at least 1")
@@ -184,9 +357,11 @@ def in_batches(
     def run(rows: np.ndarray) -> np.ndarray:
         done: list[Any] = []
         for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
+            batch = prepare(rows[start : start + batch_size])
             padding = np.broadcast_to(batch[:1], (batch_size - len(batch), *batch.shape[1:]))
-            done.append(compiled(state, np.concatenate([batch, padding]))[: len(batch)])
-        return np.concatenate(jax.device_get(done))
+            done.append(compiled(state, np.concatenate([batch, padding])))
+            if start:
+                done[-2] = np.asarray(done[-2])  # waits for it
+        return np.concatenate(done)[: len(rows)]
 
     return run

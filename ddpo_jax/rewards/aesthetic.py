@@ -1,9 +1,11 @@
 """Aesthetic score (LAION improved-aesthetic-predictor): a linear head on the L2-normalised CLIP image embedding.
 
 Preprocessing: shortest side to the tower's size (224 for L/14), bicubic as Pillow does it, centre crop, CLIP's mean and
-standard deviation. The published head on CLIP L/14 gives about 1 to 10; Stable Diffusion 1.5 averages 5.44 on the
-papers' 45 animals. The miniature's head has the same layers and was trained on a stated rating of the miniature's
-world (``ddpo_jax.mini.rating``).
+standard deviation. The published head on CLIP L/14 gives about 1 to 10. The miniature's head has the same layers and
+was trained on a stated rating of the miniature's world (``ddpo_jax.mini.rating``).
+
+To check an installation: the published head alone gives 4.883285 to the constant unit vector and 4.545052 to the first
+basis vector; Stable Diffusion 1.5 averages 5.44 on the papers' 45 animals.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array
@@ -24,14 +27,16 @@ from ddpo_jax.models.clip import CLIPVisionProjected
 from ddpo_jax.rewards import _clip
 
 AUTO = {"weights": ("mini", "laion")}
+PUBLISHED = "sac+logos+ava1-l14-linearMSE.pth"
 
 
 def default_config() -> ConfigDict:
     """Options."""
     config = ConfigDict()
     config.weights = "auto"  # mini = embedded miniature; laion = CLIP L/14 and LAION's head; auto = by the model
-    config.clip = ""  # CLIP folder or hub id; empty = the miniature's, or openai/clip-vit-large-patch14
+    config.clip = ""  # CLIP folder, hub id or file; empty = the miniature's, or openai/clip-vit-large-patch14
     config.head = ""  # head: a .pth or .safetensors file; empty = the miniature's. laion needs it
+    config.dtype = "float32"  # of the tower's products: float32, or bfloat16: faster, but good to 2 digits only
     config.batch_size = 32  # images per call of the network
     return config
 
@@ -45,20 +50,19 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
     """The reward; no parts.
 
     Raises:
-      InputError: weights are missing or do not fit together.
+      InputError: weights are missing, are not the published ones under their name, or do not fit together.
     """
-    if config.weights not in AUTO["weights"]:
-        raise InputError(
-            f"reward.weights={config.weights!r}: must be {' or '.join(AUTO['weights'])}; auto follows the model"
-        )
+    _clip.check("reward.weights", config.weights, AUTO["weights"])
+    dtype = _clip.compute_type(config)
     head_file = _head_file(config)  # looked for first: the CLIP may have to be downloaded
-    vision, processor = _clip.load_vision(_clip.chosen_folder(config, _clip.L14))
-    head = _load_head(head_file, vision.config.projection_dim)
+    vision, processor = _clip.load_vision(_clip.find(config, _clip.L14), _clip.L14, dtype)
+    head = load_head(head_file, vision.config.projection_dim)
 
     def score(networks: _Networks, images: Array) -> Array:
-        return aesthetic_head.score(networks.head, networks.vision(processor(images)))
+        embeddings = networks.vision(processor(images))
+        return aesthetic_head.score(networks.head, embeddings.astype(jnp.float32))
 
-    run = _clip.in_batches(_Networks(vision, head), score, config.batch_size)
+    run = _clip.in_batches(_Networks(vision, head), score, config.batch_size, processor.crop)
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
         del prompts, metadata
@@ -73,21 +77,33 @@ def _head_file(config: ConfigDict) -> Path:
     path = Path(config.head).expanduser()
     if not config.head or not path.is_file():
         raise InputError(
-            f"reward.head={config.head!r}: no such file; give LAION's sac+logos+ava1-l14-linearMSE.pth "
+            f"reward.head={config.head!r}: no such file; give LAION's {PUBLISHED} "
             "(repository christophschuhmann/improved-aesthetic-predictor), or use reward.weights=mini"
         )
     return path
 
 
-def _load_head(path: Path, embed_dim: int) -> aesthetic_head.AestheticHead:
-    values = {"embed_dim": embed_dim}
-    if (path.parent / "config.json").is_file() and path.suffix == ".safetensors":
-        values = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-    head_config = aesthetic_head.AestheticHeadConfig.from_dict(values)
-    if head_config.embed_dim != embed_dim:
-        raise InputError(
-            f"reward.head={str(path)!r}: it reads embeddings of width {head_config.embed_dim}, but reward.clip gives "
-            f"{embed_dim}; give the CLIP that the head was trained on"
-        )
-    read = weights.read_safetensors if path.suffix == ".safetensors" else weights.read_pickle_tensors
-    return keys.load(aesthetic_head.AestheticHead, head_config, read(path), where=f"reward.head={str(path)!r}")
+def load_head(path: Path, embed_dim: int) -> aesthetic_head.AestheticHead:
+    """The head in a file; one with the published name must be the published file, byte for byte.
+
+    Args:
+      path: .pth, or .safetensors with a config.json beside it if the widths are not the published ones.
+      embed_dim: width of the CLIP's embeddings.
+
+    Raises:
+      InputError: it is another file, or does not read embeddings of that width.
+    """
+    with _clip.blamed("reward.head", path):
+        if path.name == PUBLISHED:
+            weights.verify(path, "aesthetic_head")
+        values = {"embed_dim": embed_dim}
+        if (path.parent / "config.json").is_file() and path.suffix == ".safetensors":
+            values = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        head_config = aesthetic_head.AestheticHeadConfig.from_dict(values)
+        if head_config.embed_dim != embed_dim:
+            raise InputError(
+                f"it reads embeddings of width {head_config.embed_dim}, but reward.clip gives {embed_dim}; "
+                "give the CLIP that the head was trained on"
+            )
+        read = weights.read_safetensors if path.suffix == ".safetensors" else weights.read_pickle_tensors
+        return keys.load(aesthetic_head.AestheticHead, head_config, read(path))

@@ -1,8 +1,11 @@
-"""CLIP score: cosine of the image's and its prompt's embedding (Radford et al., arXiv:2103.00020).
+"""CLIP score: cosine of the image's and its prompt's embedding (Radford et al. 2021, arXiv:2103.00020).
 
-``scale`` "1" gives the cosine (0.29 to 0.31 for good images, with OpenAI's B/32 or L/14), "100" a hundred times that,
-"clipscore" 2.5 max(cosine, 0) (CLIPScore, arXiv:2104.08718). Preprocessing as the CLIP processor: shortest side to the
-tower's size, bicubic as Pillow does it, centre crop. Prompts longer than the text tower are cut.
+With OpenAI's B/32 or L/14, the miniature's own CLIP, or any other CLIP folder. ``scale`` "1" gives the cosine, "100" a
+hundred times that, "clipscore" 2.5 max(cosine, 0) (CLIPScore, Hessel et al. 2021, arXiv:2104.08718, Eq. 1).
+Preprocessing as the CLIP processor: shortest side to the tower's size, bicubic as Pillow does it, centre crop. Prompts
+longer than the text tower are cut.
+
+To check an installation: good images have a cosine of 0.29 to 0.31.
 """
 
 from __future__ import annotations
@@ -13,12 +16,10 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpo_jax.errors import InputError
-from ddpo_jax.models.clip import normalize
-from ddpo_jax.models.tokenizer import Tokenizer
 from ddpo_jax.rewards import _clip
 
-AUTO = {"weights": ("mini", "openai")}
+AUTO = {"weights": ("mini", "B/32")}
+WEIGHTS = {"mini": _clip.B32, "B/32": _clip.B32, "L/14": _clip.L14}  # what a file of weights is, where one is given
 SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "1": lambda cosine: cosine,
     "100": lambda cosine: 100 * cosine,
@@ -29,9 +30,10 @@ SCALES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def default_config() -> ConfigDict:
     """Options."""
     config = ConfigDict()
-    config.weights = "auto"  # mini = the embedded miniature; openai = OpenAI's B/32; auto = by the model
-    config.clip = ""  # CLIP folder or hub id with tokenizer (B/32, L/14, ...); empty = the one that weights names
+    config.weights = "auto"  # mini = the embedded miniature; B/32, L/14 = OpenAI's; auto = mini or B/32, by the model
+    config.clip = ""  # CLIP folder or hub id with tokenizer; empty = the one that weights names
     config.scale = "1"  # 1 = cosine; 100 = 100 cosine; clipscore = 2.5 max(cosine, 0)
+    config.dtype = "float32"  # of the network's products: float32, or bfloat16: faster, but good to 2 digits only
     config.batch_size = 32  # images, and prompts, per call of the network
     return config
 
@@ -42,24 +44,15 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
     Raises:
       InputError: weights are missing or do not fit the folder's config, or an option is wrong.
     """
-    if config.weights not in AUTO["weights"]:
-        raise InputError(
-            f"reward.weights={config.weights!r}: must be {' or '.join(AUTO['weights'])}; auto follows the model"
-        )
-    if config.scale not in SCALES:
-        raise InputError(f"reward.scale={config.scale!r}: must be one of {', '.join(SCALES)}")
-    folder = _clip.chosen_folder(config, _clip.B32)
-    model, processor = _clip.load_clip(folder)
-    tokenizer = Tokenizer.from_folder(folder)
-    scale = SCALES[config.scale]
-    embed_images = _clip.in_batches(model, lambda m, x: normalize(m.image_features(processor(x))), config.batch_size)
-    embed_texts = _clip.in_batches(model, lambda m, ids: normalize(m.text_features(ids)), config.batch_size)
+    _clip.check("reward.weights", config.weights, WEIGHTS)
+    _clip.check("reward.scale", config.scale, SCALES)
+    dtype, published, scale = _clip.compute_type(config), WEIGHTS[config.weights], SCALES[config.scale]
+    model, tokenizer, processor = _clip.load_clip(_clip.find(config, published), published, dtype)
+    cosines = _clip.cosine(model, tokenizer, config.batch_size, processor, processor.crop)
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
         del metadata
-        distinct = sorted(set(prompts))  # samples of a prompt share its embedding
-        rows = np.searchsorted(distinct, prompts)
-        cosine = np.sum(embed_images(images) * embed_texts(tokenizer(distinct))[rows], axis=-1)
+        cosine = cosines(images, prompts)
         return scale(cosine), {"clip_cosine": cosine}
 
     return reward

@@ -1,23 +1,13 @@
-"""A small CLIP with random weights that transformers wrote, and where the published weights are, for all rewards."""
+"""Small CLIPs with random weights in the formats they are published in, and pictures, for all rewards."""
 
-import os
-import pathlib
+import json
 
 import numpy as np
+import open_clip_oracle
 import pytest
 import tiny_blip
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="session")
-def published_head():
-    """LAION's aesthetic head, of which the repository holds no copy."""
-    folder = pathlib.Path(os.environ.get("DDPO_JAX_WEIGHTS", ROOT.parent / "shared" / "weights"))
-    path = folder / "sac+logos+ava1-l14-linearMSE.pth"
-    if not path.is_file():
-        pytest.skip(f"{path} is absent; put the published head there or set DDPO_JAX_WEIGHTS to its folder")
-    return path
+from ddpo_jax.models import clip
 
 
 @pytest.fixture(scope="session")
@@ -94,6 +84,88 @@ def vqa_model():
 def vqa_options(vqa_model, tmp_path_factory):
     """What ``reward.*`` needs beyond its defaults to run here."""
     return {"blip": str(tiny_blip.write_vqa(tmp_path_factory.mktemp("vqa"), vqa_model))}
+
+
+@pytest.fixture(scope="session")
+def h14_model():
+    """H/14 in proportions: the exact GELU, heads of the image tower 80 wide, a projection as wide as the text tower."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(1)
+    text = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"hidden_size": 160, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text |= {"vocab_size": 540, "max_position_embeddings": 12, "eos_token_id": 539, "bos_token_id": 538}
+    vision |= {"image_size": 56, "patch_size": 14}
+    config = transformers.CLIPConfig(
+        text_config={**text, "hidden_act": "gelu"}, vision_config={**vision, "hidden_act": "gelu"}, projection_dim=32
+    )
+    model = transformers.CLIPModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 1.5 / parameter[0].numel() ** 0.5)
+        model.logit_scale.fill_(np.log(97.0))
+    return model
+
+
+@pytest.fixture(scope="session")
+def h14_config(h14_model):
+    """Its config in our words, as it stands for clip.H14."""
+    return clip.CLIPConfig.from_dict(h14_model.config.to_dict())
+
+
+@pytest.fixture(scope="session")
+def h14_folder(h14_model, clip_folder, tmp_path_factory):
+    """In the format of PickScore: a folder of transformers, the end of a text named wrongly as in old files."""
+    folder = tmp_path_factory.mktemp("h14")
+    h14_model.save_pretrained(folder)
+    for file in clip_folder.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 2
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def hps_folder(h14_model, clip_folder, tmp_path_factory):
+    """In the format of HPSv2: an open_clip checkpoint with other things in it, a tokenizer beside it, no config."""
+    torch = pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("hps")
+    tensors = open_clip_oracle.names({name: value.numpy() for name, value in h14_model.state_dict().items()})
+    state = {name: torch.tensor(value) for name, value in tensors.items()}
+    torch.save({"epoch": 7, "name": "ViT-H-14", "state_dict": state}, folder / "HPS_v2.1_compressed.pt")
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        (folder / name).write_bytes((clip_folder / name).read_bytes())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cosines(clip_folder):
+    """By transformers and torch alone: (model, pixels [N,3,H,W], N prompts) -> cosines [N]."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(clip_folder)
+
+    def run(model, pixels, prompts):
+        tokens = tokenizer(prompts, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
+        with torch.no_grad():
+            out = model(pixel_values=torch.as_tensor(pixels), **tokens)
+        return (out.logits_per_image.diag() / model.logit_scale.exp()).detach().numpy()
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def processed(clip_folder):
+    """The folder's processor, by transformers: images u8 -> pixels [N,3,H,W]."""
+    transformers = pytest.importorskip("transformers")
+    processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+    processor = processor.from_pretrained(clip_folder)
+    return lambda images: processor(list(images), return_tensors="pt", input_data_format="channels_last")[
+        "pixel_values"
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -5,8 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-from flax import nnx
 
+from ddpo_jax.errors import InputError
+from ddpo_jax.mini import world
 from ddpo_jax.rewards import _clip, clip_score
 
 PROMPTS = [
@@ -20,23 +21,14 @@ PROMPTS = [
 
 def score(folder, images, **options):
     config = clip_score.default_config()
-    config.update({"weights": "openai", "clip": str(folder), "batch_size": 2, **options})
+    config.update({"weights": "B/32", "clip": str(folder), "batch_size": 2, **options})
     return clip_score.make(config)(images, PROMPTS, [{}] * 5)
 
 
 @pytest.fixture(scope="module")
-def cosine(clip_model, clip_folder, images):
+def cosine(cosines, processed, clip_model, images):
     """Of image i and prompt i, by transformers alone."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-    processor = processor.from_pretrained(clip_folder)
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(clip_folder)
-    tokens = tokenizer(PROMPTS, padding="max_length", truncation=True, max_length=12, return_tensors="pt")
-    pixels = processor(list(images), return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-    with torch.no_grad():
-        out = clip_model(pixel_values=pixels, **tokens)
-        return (out.logits_per_image.diag() / clip_model.logit_scale.exp()).numpy()
+    return cosines(clip_model, processed(images), PROMPTS)
 
 
 def test_cosine_is_that_of_transformers(clip_folder, images, cosine):
@@ -76,7 +68,7 @@ def test_a_processor_we_do_not_have_is_refused(clip_folder, tmp_path):
         ("do_center_crop", False, "it must be True"),
     ]:
         (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor | {key: value}))
-        with pytest.raises(ValueError, match=f"{key} = .* is not supported; {rule}"):
+        with pytest.raises(InputError, match=f"{key} = .* is not supported; {rule}"):
             _clip.Processor.from_folder(tmp_path, 56)
     other = processor | {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(other))
@@ -84,30 +76,29 @@ def test_a_processor_we_do_not_have_is_refused(clip_folder, tmp_path):
     np.testing.assert_allclose(pixels, 2.0, atol=1e-6)
 
 
+def test_bfloat16_is_close_and_is_not_float32(clip_folder, images, cosine):
+    scores, _ = score(clip_folder, images, dtype="bfloat16")
+    assert scores.dtype == np.float32
+    assert 1e-5 < np.abs(scores - cosine).max() < 0.05
+
+
+def test_the_miniature_has_its_own():
+    config = clip_score.default_config()
+    config.weights = "mini"
+    scenes = world.sample_scenes(np.random.default_rng(0), 16)
+    captions = world.captions(scenes)
+    reward = clip_score.make(config)
+    own, _ = reward(world.render_all(scenes), captions, [{}] * 16)
+    other, _ = reward(world.render_all(scenes), captions[1:] + captions[:1], [{}] * 16)
+    assert own.mean() > other.mean() + 0.3
+
+
 def test_wrong_options_are_named(clip_folder, images):
-    with pytest.raises(ValueError, match=r"reward.scale='10': must be one of 1, 100, clipscore"):
+    with pytest.raises(InputError, match=r"reward.scale='10': must be 1, 100 or clipscore"):
         score(clip_folder, images, scale="10")
-    with pytest.raises(ValueError, match=r"reward.weights='laion': must be mini or openai"):
+    with pytest.raises(InputError, match=r"reward.weights='laion': must be mini, B/32 or L/14; auto follows the model"):
         score(clip_folder, images, weights="laion")
-    with pytest.raises(ValueError, match=r"reward.batch_size=0 must be at least 1"):
+    with pytest.raises(InputError, match=r"reward.dtype='float16': must be float32 or bfloat16$"):
+        score(clip_folder, images, dtype="float16")
+    with pytest.raises(InputError, match=r"reward.batch_size=0 must be at least 1"):
         score(clip_folder, images, batch_size=0)
-
-
-def test_batches_pad_and_never_compile_twice():
-    traced = []
-
-    class Scale(nnx.Module):
-        def __init__(self):
-            self.by = nnx.Param(np.float32(3))
-
-    def fn(model, rows):
-        traced.append(rows.shape)
-        return rows.sum(1) * model.by[...]
-
-    run = _clip.in_batches(Scale(), fn, 4)
-    for n in (1, 3, 4, 5, 9):
-        rows = np.arange(2 * n, dtype=np.uint8).reshape(n, 2)
-        out = run(rows)
-        assert out.dtype == np.float32
-        np.testing.assert_array_equal(out, 3 * rows.sum(1))
-    assert traced == [(4, 2)]

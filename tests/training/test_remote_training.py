@@ -19,7 +19,7 @@ from ddpo_jax.rewards import _http
 from ddpo_jax.training.loop import train
 from ddpo_jax.workdir import metrics
 
-TESTS = pathlib.Path(__file__).resolve().parent
+HELPERS = pathlib.Path(__file__).resolve().parents[1] / "helpers"
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ class Serving:
     """``ddpo_jax serve`` of the tiny reward in a process of its own."""
 
     def __init__(self, port=0, **environment):
-        path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(HELPERS), str(HELPERS.parents[1]), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             [sys.executable, "-m", "ddpo_jax", "serve", "--reward=tiny_reward:reward", f"--port={port}"],
             env=os.environ | {"PYTHONPATH": path} | environment,

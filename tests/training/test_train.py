@@ -26,7 +26,7 @@ from ddpo_jax.training.loop import train
 from ddpo_jax.workdir import metrics
 from ddpo_jax.workdir.folder import diff_that_matters
 
-TESTS = pathlib.Path(__file__).resolve().parents[1]
+TESTS = pathlib.Path(__file__).resolve().parents[1] / "helpers"
 KEYS = [
     *("reward/mean", "reward/std", "reward/words", "sample/distinct_prompts"),
     *("train/loss", "train/grad_norm", "train/ratio_first_update_deviation"),

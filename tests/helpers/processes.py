@@ -1,8 +1,8 @@
 """Runs in processes of their own that start within a second: forked from one that has imported everything.
 
-``python tests/processes.py`` is that one. It reads requests, a JSON object a line, and answers each with one. Importing
-takes most of a process of the tiny model; JAX has no threads before its first use, so a fork of it is as good as a new
-process.
+``python tests/helpers/processes.py`` is that one. It reads requests, a JSON object a line, and answers each with one.
+Importing takes most of a process of the tiny model; JAX has no threads before its first use, so a fork of it is as good
+as a new process.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import termios
 import time
 from collections.abc import Sequence
 
-TESTS = pathlib.Path(__file__).resolve().parent
+HELPERS = pathlib.Path(__file__).resolve().parent
 
 
 class Run:
@@ -78,7 +78,7 @@ class Starter:
         self._folder, self._count = folder, 0
 
     def __enter__(self) -> Starter:
-        path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+        path = os.pathsep.join([str(HELPERS), str(HELPERS.parents[1]), os.environ.get("PYTHONPATH", "")])
         self._process = subprocess.Popen(
             [sys.executable, __file__],
             env=os.environ | {"PYTHONPATH": path, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},

@@ -1,0 +1,80 @@
+"""Human Preference Score v2 and v2.1: cosine of image and prompt in a CLIP H/14 that was trained on people's choices.
+
+Wu et al. 2023, arXiv:2306.09341. The score is the plain cosine; the paper's tables show a hundred times it. The two
+versions are different weights on different scales and must not be compared with each other. Weights:
+``HPS_v2_compressed.pt`` and ``HPS_v2.1_compressed.pt`` (open_clip state dicts) of the hub repository ``xswu/HPSv2``.
+
+Preprocessing differs from other CLIPs: pixels become floats in [0, 1]; the longer side is resized to 224, bicubic on
+floats; zeros fill the rest of the square; only then CLIP's mean and standard deviation. The resize is antialiased as
+in current torchvision; before version 0.17 it was not by default (``antialias=False``), which changes the scores.
+
+To check an installation: Stable Diffusion 1.4 averages 0.2695 by v2 and 0.2535 by v2.1 on the paper's prompts, and
+0.2855 by v2 on the papers' 45 animals. With the miniature's CLIP it is that one's cosine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from ddpo_jax.errors import InputError
+from ddpo_jax.models import clip, preprocess
+from ddpo_jax.rewards import _clip
+
+AUTO = {"weights": ("mini", "full")}
+_COMMIT = "697403c78157020a1ae59d23f111aa58ced35b0a"
+VERSIONS = {
+    "v2": _clip.Published("xswu/HPSv2", _COMMIT, ("HPS_v2_compressed.pt",), clip.H14),
+    "v2.1": _clip.Published("xswu/HPSv2", _COMMIT, ("HPS_v2.1_compressed.pt",), clip.H14),
+}
+
+
+def default_config() -> ConfigDict:
+    """Options."""
+    config = ConfigDict()
+    config.weights = "auto"  # mini = the embedded miniature's CLIP; full = HPS; auto = by the model
+    config.version = "v2.1"  # of HPS: v2 or v2.1; their scores are not comparable
+    config.clip = ""  # the version's .pt file, or its folder; empty = the one that weights names
+    config.antialias = True  # resize as torchvision >= 0.17 does by default; False as before
+    config.dtype = "float32"  # of the network's products: float32, or bfloat16: faster, but good to 2 digits only
+    config.batch_size = 16  # images, and prompts, per call of the network
+    return config
+
+
+def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]:
+    """The reward; no parts.
+
+    Raises:
+      InputError: weights are missing, of another version or another network, or an option is wrong.
+    """
+    _clip.check("reward.weights", config.weights, AUTO["weights"])
+    _clip.check("reward.version", config.version, VERSIONS)
+    dtype, published = _clip.compute_type(config), VERSIONS[config.version]
+    path = _clip.find(config, published)
+    for version, other in VERSIONS.items():
+        if version != config.version and path.name in other.files:
+            raise InputError(
+                f"reward.version={config.version!r}: received the weights of {version} in reward.clip={config.clip!r}; "
+                f"give {published.files[0]}, or set reward.version={version}"
+            )
+    model, tokenizer, _ = _clip.load_clip(path, published, dtype, exact=config.weights == "full")
+    size = model.config.vision.image_size
+    cosine = _clip.cosine(model, tokenizer, config.batch_size, lambda images: pixels(images, size, config.antialias))
+
+    def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
+        del metadata
+        return cosine(images, prompts), {}
+
+    return reward
+
+
+def pixels(images: UInt8[Array, "N H W 3"], size: int, antialias: bool = True) -> Float[Array, "N size size 3"]:
+    """Images as the network's input: floats, longer side to ``size``, zero-padded to a square, normalised."""
+    height, width = preprocess.longest_side(images.shape[1], images.shape[2], size)
+    resized = preprocess.resize_float(images.astype(jnp.float32) / 255.0, height, width, antialias)
+    return preprocess.normalize(preprocess.pad_to_square(resized))
