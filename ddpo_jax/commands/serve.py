@@ -33,7 +33,7 @@ from ddpo_jax.commands import _cli as cli
 from ddpo_jax.config import default_config
 from ddpo_jax.config.override import override
 from ddpo_jax.config.resolve import resolve
-from ddpo_jax.rewards import _check
+from ddpo_jax.rewards._shared import check as _check
 from ddpo_jax.rollout.scoring import make_reward
 from ddpo_jax.serving.compute import Compute
 from ddpo_jax.serving.server import MEGABYTE, Server

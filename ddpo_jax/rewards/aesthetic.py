@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import aesthetic_head, keys, weights
 from ddpo_jax.models.clip import CLIPVisionProjected
-from ddpo_jax.rewards import _clip
+from ddpo_jax.rewards._shared import clip as _clip
 
 AUTO = {"weights": ("mini", "laion")}
 PUBLISHED = "sac+logos+ava1-l14-linearMSE.pth"

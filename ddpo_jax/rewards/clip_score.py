@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpo_jax.rewards import _clip
+from ddpo_jax.rewards._shared import clip as _clip
 
 AUTO = {"weights": ("mini", "B/32")}
 WEIGHTS = {"mini": _clip.B32, "B/32": _clip.B32, "L/14": _clip.L14}  # what a file of weights is, where one is given

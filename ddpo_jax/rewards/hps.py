@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import clip, preprocess
-from ddpo_jax.rewards import _clip
+from ddpo_jax.rewards._shared import clip as _clip
 
 AUTO = {"weights": ("mini", "full")}
 _COMMIT = "697403c78157020a1ae59d23f111aa58ced35b0a"

@@ -8,7 +8,7 @@ of 0.5 for each prompt. It compares images of a prompt within a batch and says n
 Several people may rate at the same time, each in a page of their own. Every answer is kept in ``answers.jsonl`` in
 ``folder`` (see ``ddpo_jax.feedback.answers``) with the image beside it, and is never asked again: a run that stopped in
 mid-batch goes on where it was. Learning from people's scores of samples: Lee et al. 2023, arXiv:2302.12192; from
-pairs: Yang et al. 2023, arXiv:2311.13231.
+pairs: Yang et al. 2024, arXiv:2311.13231.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from ddpo_jax.errors import InputError
 from ddpo_jax.feedback import app
 from ddpo_jax.feedback.queue import MODES, Queue, Stopped
-from ddpo_jax.rewards import _check
+from ddpo_jax.rewards._shared import check as _check
 from ddpo_jax.serving.server import Server
 
 

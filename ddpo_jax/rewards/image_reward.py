@@ -19,7 +19,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from ddpo_jax.models.blip.networks import ImageReward
-from ddpo_jax.rewards import _blip
+from ddpo_jax.rewards._shared import blip as _blip
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the network's output on its authors' data
 FILES = ("ImageReward.pt", "ImageReward.safetensors")

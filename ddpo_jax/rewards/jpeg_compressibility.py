@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpo_jax.rewards import _jpeg
+from ddpo_jax.rewards._shared import jpeg as _jpeg
 
 
 def default_config() -> ConfigDict:

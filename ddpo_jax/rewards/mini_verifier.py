@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.mini.verifier import Verifier
-from ddpo_jax.rewards import _clip
+from ddpo_jax.rewards._shared import clip as _clip
 
 MINIATURE_ONLY = True  # refused with any other model, before one is loaded
 CATEGORIES = ("color", "shape", "texture", "spatial", "numeracy")

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.rewards import _detect
+from ddpo_jax.rewards._shared import detect as _detect
 
 AUTO = {"detector": _detect.AUTO}
 SAME_IOU = SAME_COVERED = 0.9

@@ -19,7 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.rewards import _plug
+from ddpo_jax.rewards._shared import plug as _plug
 
 _DOUBLE = re.compile(r'"([^"]*)"|“([^”]*)”|«([^»]*)»')
 # A straight single quote opens at the beginning of a word and closes at the end of one; within it is an apostrophe.

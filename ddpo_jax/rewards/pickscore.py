@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.rewards import _clip
+from ddpo_jax.rewards._shared import clip as _clip
 
 AUTO = {"weights": ("mini", "full")}
 

@@ -14,7 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.rewards import _check, _http
+from ddpo_jax.rewards._shared import check as _check
+from ddpo_jax.rewards._shared import http as _http
 from ddpo_jax.serving import protocol
 from ddpo_jax.serving.server import token_or_environment
 

@@ -30,7 +30,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.rewards import _detect
+from ddpo_jax.rewards._shared import detect as _detect
 
 AUTO = {"detector": _detect.AUTO}
 SHORTER_SIDE, NEAR, MAX_IOU, LOWEST = 479, 150, 0.1, 0.5

@@ -20,8 +20,9 @@ from ddpo_jax.errors import InputError
 from ddpo_jax.find import find
 from ddpo_jax.models import deberta
 from ddpo_jax.ops import bertscore
-from ddpo_jax.rewards import _clip, _plug
-from ddpo_jax.rewards._check import RewardError
+from ddpo_jax.rewards._shared import clip as _clip
+from ddpo_jax.rewards._shared import plug as _plug
+from ddpo_jax.rewards._shared.check import RewardError
 
 REFERENCE = "The image contains {prompt}"
 BUCKET = 32  # lengths are padded to multiples of it, so that few programs are compiled

@@ -26,8 +26,8 @@ from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.models.blip.networks import VisualQuestionAnswering
-from ddpo_jax.rewards import _blip
-from ddpo_jax.rewards._chunks import noun_chunks
+from ddpo_jax.rewards._shared import blip as _blip
+from ddpo_jax.rewards._shared.chunks import noun_chunks
 
 FILES = ("model.safetensors", "pytorch_model.bin", "model_base_vqa_capfilt_large.pth")
 ORIGIN = "model.safetensors of Salesforce/blip-vqa-capfilt-large"

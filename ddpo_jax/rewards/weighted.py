@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from ddpo_jax import find
 from ddpo_jax.errors import InputError
-from ddpo_jax.rewards import _check
+from ddpo_jax.rewards._shared import check as _check
 
 AUTO = {"weights": ("mini", "full")}
 

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from ddpo_jax import errors
 from ddpo_jax.errors import InputError
-from ddpo_jax.rewards._check import Parts, RewardError, RewardFn, call
+from ddpo_jax.rewards._shared.check import Parts, RewardError, RewardFn, call
 
 __all__ = ["PendingReward", "RewardError", "RewardRunner", "make_reward"]
 

@@ -28,7 +28,7 @@ from ddpo_jax.config.override import override
 from ddpo_jax.config.resolve import resolve
 from ddpo_jax.errors import InputError
 from ddpo_jax.prompts import make_prompts
-from ddpo_jax.rewards._check import call
+from ddpo_jax.rewards._shared.check import call
 from ddpo_jax.rollout import scoring as reward_runner
 from ddpo_jax.studies import curves
 from ddpo_jax.training.build import make_sampler

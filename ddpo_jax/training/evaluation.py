@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from ddpo_jax.errors import RunFailure
 from ddpo_jax.ops import random
 from ddpo_jax.ops.random import Stream
-from ddpo_jax.rewards._check import RewardError, RewardFn, call
+from ddpo_jax.rewards._shared.check import RewardError, RewardFn, call
 from ddpo_jax.rollout.sampler import ImageSampler
 from ddpo_jax.types import Params
 

@@ -181,7 +181,7 @@ def test_choose_leaves_nothing_of_the_former_member(own):
         choose(config, family, first)
         assert config[family].only_first == 1
         choose(config, family, second)
-    assert config.reward.to_dict() == {"name": second, "only_second": 2.0}
+    assert config.reward.to_dict() == {"name": second, "only_second": 2.0, "wait_s": 600.0}
     assert config.prompts.to_dict() == {"name": second, "only_second": 2.0, "samples_per_prompt": 6}
     assert config.is_locked and config.reward.is_locked
 

@@ -88,7 +88,7 @@ def test_every_rule_names_its_key_value_and_fix(key):
         (["mesh.fsdp=3"], 8, "mesh.fsdp", "use 2"),
         (["sample.eta=0"], 1, "sample.eta", "no density"),
         (["sample.eta=1.5"], 1, "sample.eta", "use 1.0"),
-        (["model=/nowhere/model"], 1, "model", "the folder does not exist"),
+        (["model=/nowhere/model"], 1, "model", "no such folder"),
         (
             ["model=CompVis/stable-diffusion-v1-4", "reward.name=mini_verifier"],
             1,

@@ -9,7 +9,8 @@ from ddpo_jax.ops.random import Stream
 
 
 def test_streams_are_independent_repeatable_and_never_renumbered():
-    assert [(stream.name, int(stream)) for stream in Stream] == [("PROMPTS", 0), ("SHUFFLE", 1), ("FIXED_PROMPTS", 2)]
+    names = ["PROMPTS", "SHUFFLE", "FIXED_PROMPTS", "EVALUATION"]
+    assert [(stream.name, int(stream)) for stream in Stream] == [*zip(names, range(4), strict=True)]
     assert Stream.MEASURED_PROMPTS == 2
     chosen = [(0, 0, Stream.PROMPTS), (1, 0, Stream.PROMPTS), (0, 1, Stream.PROMPTS), (0, 1, Stream.SHUFFLE)]
     draws = {key: random.generator(*key).random() for key in chosen}

@@ -10,7 +10,8 @@ import pytest
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import aesthetic_head, clip, weights
-from ddpo_jax.rewards import _clip, aesthetic
+from ddpo_jax.rewards import aesthetic
+from ddpo_jax.rewards._shared import clip as _clip
 
 
 def configured(**options):

@@ -8,7 +8,8 @@ import pytest
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.mini import world
-from ddpo_jax.rewards import _clip, clip_score
+from ddpo_jax.rewards import clip_score
+from ddpo_jax.rewards._shared import clip as _clip
 
 PROMPTS = [
     "a red circle left of a blue square",

@@ -10,7 +10,7 @@ import pytest
 import reward_needs
 
 from ddpo_jax import find
-from ddpo_jax.rewards import _clip
+from ddpo_jax.rewards._shared import clip as _clip
 from ddpo_jax.rollout.scoring import make_reward
 
 METADATA = [{"index": i} for i in range(5)]

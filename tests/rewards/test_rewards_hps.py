@@ -7,7 +7,8 @@ import pytest
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import preprocess
-from ddpo_jax.rewards import _clip, hps
+from ddpo_jax.rewards import hps
+from ddpo_jax.rewards._shared import clip as _clip
 
 PROMPTS = ["a red circle left of a blue square", "two striped green stars", "a dog", "a dog", "Zebra, 17!"]
 FILE = "HPS_v2.1_compressed.pt"

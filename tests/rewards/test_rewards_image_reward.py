@@ -9,7 +9,8 @@ from PIL import Image
 
 from ddpo_jax import errors
 from ddpo_jax.models.blip.wordpiece import WordPiece
-from ddpo_jax.rewards import _blip, image_reward
+from ddpo_jax.rewards import image_reward
+from ddpo_jax.rewards._shared import blip as _blip
 
 PROMPTS = ["a red circle", "The BLUE squares, hello?", "a red circle", "yes " * 50, "no"]
 METADATA = [{}] * 5

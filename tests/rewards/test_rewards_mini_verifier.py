@@ -5,7 +5,8 @@ import pytest
 from flax import nnx
 
 from ddpo_jax.mini import verifier, world
-from ddpo_jax.rewards import _clip, mini_verifier
+from ddpo_jax.rewards import mini_verifier
+from ddpo_jax.rewards._shared import clip as _clip
 from ddpo_jax.rollout.scoring import RewardError, RewardRunner
 
 PROMPTS = ["a red circle", "three dotted blue stars", "a red circle above a striped green square"]

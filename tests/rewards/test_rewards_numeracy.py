@@ -5,7 +5,8 @@ import pytest
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.mini import world
-from ddpo_jax.rewards import _detect, numeracy
+from ddpo_jax.rewards import numeracy
+from ddpo_jax.rewards._shared import detect as _detect
 
 
 def boxes(**counts):

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.rewards import _clip, pickscore
+from ddpo_jax.rewards import pickscore
+from ddpo_jax.rewards._shared import clip as _clip
 
 PROMPTS = ["a red circle left of a blue square", "two striped green stars", "a dog", "a dog", "Zebra, 17!"]
 

@@ -8,8 +8,9 @@ import pytest
 from http_tools import served
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.rewards import _http, jpeg_compressibility, remote
-from ddpo_jax.rewards._check import RewardError, call
+from ddpo_jax.rewards import jpeg_compressibility, remote
+from ddpo_jax.rewards._shared import http as _http
+from ddpo_jax.rewards._shared.check import RewardError, call
 from ddpo_jax.serving.server import Server, json_reply
 
 RNG = np.random.default_rng(2)

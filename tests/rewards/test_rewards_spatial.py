@@ -6,7 +6,8 @@ import tiny_models
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.mini import world
-from ddpo_jax.rewards import _detect, spatial
+from ddpo_jax.rewards import spatial
+from ddpo_jax.rewards._shared import detect as _detect
 from ddpo_jax.rollout.scoring import RewardError, RewardRunner
 
 

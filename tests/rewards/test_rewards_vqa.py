@@ -10,7 +10,7 @@ from PIL import Image
 
 from ddpo_jax import errors
 from ddpo_jax.rewards import vqa
-from ddpo_jax.rewards._chunks import noun_chunks
+from ddpo_jax.rewards._shared.chunks import noun_chunks
 
 PROMPTS = [
     "A red circle on top of the blue square.",

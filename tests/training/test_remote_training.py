@@ -15,7 +15,7 @@ import tiny_reward
 from http_tools import rated, stars
 
 from ddpo_jax.errors import InputError, Interrupted, RunFailure
-from ddpo_jax.rewards import _http
+from ddpo_jax.rewards._shared import http as _http
 from ddpo_jax.training.loop import train
 from ddpo_jax.workdir import metrics
 

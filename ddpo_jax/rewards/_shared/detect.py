@@ -17,8 +17,9 @@ import numpy as np
 from ddpo_jax.errors import InputError
 from ddpo_jax.mini import world
 from ddpo_jax.mini.verifier import Verifier
-from ddpo_jax.rewards import _clip, _plug
-from ddpo_jax.rewards._check import RewardError
+from ddpo_jax.rewards._shared import clip as _clip
+from ddpo_jax.rewards._shared import plug as _plug
+from ddpo_jax.rewards._shared.check import RewardError
 
 AUTO = ("mini", "")  # of the option ``detector``: the miniature has one, for any other model it must be named
 MINI_BOX = 8.0  # px; the verifier gives centers without sizes, and this is the smallest thing the world draws

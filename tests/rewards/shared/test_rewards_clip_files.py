@@ -10,7 +10,7 @@ from flax import nnx
 from ddpo_jax import find
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import clip, weights
-from ddpo_jax.rewards import _clip
+from ddpo_jax.rewards._shared import clip as _clip
 
 PUBLISHED = {  # reward, options -> the file and the repository that a user has to get
     ("aesthetic", "weights=laion"): ("model.safetensors", "openai/clip-vit-large-patch14"),

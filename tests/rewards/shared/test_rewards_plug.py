@@ -5,8 +5,8 @@ import pytest
 import tiny_models
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.rewards import _plug
-from ddpo_jax.rewards._check import RewardError
+from ddpo_jax.rewards._shared import plug as _plug
+from ddpo_jax.rewards._shared.check import RewardError
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), dtype=np.uint8)
 

@@ -12,8 +12,8 @@ import types
 import pytest
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.rewards import _http
-from ddpo_jax.rewards._http import HttpError, JsonClient, Retry
+from ddpo_jax.rewards._shared import http as _http
+from ddpo_jax.rewards._shared.http import HttpError, JsonClient, Retry
 
 JSON = {"Content-Type": "application/json"}
 

@@ -22,7 +22,7 @@ from jaxtyping import UInt8
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.find import find
-from ddpo_jax.rewards._check import RewardError
+from ddpo_jax.rewards._shared.check import RewardError
 
 TRIES, FIRST_WAIT_S = 4, 0.5
 
