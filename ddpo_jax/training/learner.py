@@ -181,28 +181,35 @@ class Learner:
         def terms_of(params: Params, rows: Array, column: Array) -> StepTerms:
             return self._terms(params, reference, frozen, uncond, batch, rows, column)
 
-        def separable(params: Params, rows: Array, column: Array) -> tuple[Array, StepTerms]:
-            terms = terms_of(params, rows, column)
-            picked = jax.tree.map(lambda x: x[rows, column][:, None] if x.ndim == 2 else x[rows], data)
-            losses = masked.fill(self._objective.loss(terms, picked), picked.mask)
-            return (losses * picked.mask * weight[rows, column][:, None]).sum() / pairs, terms
-
-        def coupled(coefficients: StepTerms, params: Params, rows: Array, column: Array) -> tuple[Array, StepTerms]:
-            terms = terms_of(params, rows, column)
-            scale = weight[rows, column][:, None]
-            products = jax.tree.map(lambda c, x: c[rows, column][:, None] * scale * x, coefficients, terms)
-            return sum((x.sum() for x in jax.tree.leaves(products)), jnp.zeros(())), terms
-
-        surrogate = separable
+        coefficients: StepTerms | None = None  # dL/dterms of all pairs, where the loss couples them
         if not traits.separable:
             everything = _map_pairs(partial(terms_of, params), batch, self._microbatch)
             loss, coefficients = self._coefficients(everything, data)
-            surrogate = partial(coupled, coefficients)
+
+        def weighted(terms: StepTerms, rows: Array, column: Array) -> Array:
+            """What a microbatch adds to a separable loss."""
+            picked = jax.tree.map(lambda x: x[rows, column][:, None] if x.ndim == 2 else x[rows], data)
+            losses = masked.fill(self._objective.loss(terms, picked), picked.mask)
+            return (losses * picked.mask * weight[rows, column][:, None]).sum() / pairs
+
+        def slopes(terms: StepTerms, rows: Array, column: Array) -> StepTerms:
+            """The derivative of the loss by every term of a microbatch."""
+            if coefficients is None:
+                return jax.grad(weighted)(terms, rows, column)
+            return jax.tree.map(lambda c: (c * weight)[rows, column][:, None], coefficients)
+
+        def surrogate(params: Params, rows: Array, column: Array) -> tuple[Array, StepTerms]:
+            """A scalar whose gradient is this microbatch's part of the loss's, and the terms."""
+            terms = terms_of(params, rows, column)
+            if coefficients is None:
+                return weighted(terms, rows, column), terms
+            products = jax.tree.map(jnp.multiply, slopes(terms, rows, column), terms)
+            return sum((x.sum() for x in jax.tree.leaves(products)), jnp.zeros(())), terms
 
         def accumulate(carry: tuple[Params, Array, Stats], index: tuple[Array, Array]) -> tuple[Any, None]:
             grads, total, stats = carry
             (part, terms), grad = jax.value_and_grad(surrogate, has_aux=True)(params, *index)
-            new = _statistics(terms, data, self._objective.clip_range, *index)
+            new = _statistics(terms, slopes(terms, *index), data, self._objective.clip_range, *index)
             stats = {name: value.merge(new[name]) for name, value in stats.items()}
             return (jax.tree.map(jnp.add, grads, grad), total + part, stats), None
 
@@ -314,21 +321,34 @@ def _no_statistics(traits: Traits) -> Stats:
     means = [name for name in ("kl", "noise_mse", "denoise_mse") if name in traits.terms]
     if "log_prob" not in traits.terms:
         return {name: Mean.empty() for name in means}
-    return {name: Mean.empty() for name in [*means, "approx_kl", "clip_fraction"]} | {"ratio_deviation": Max.empty()}
+    means += ["approx_kl", "clip_fraction", "zero_gradient_fraction"]
+    return {name: Mean.empty() for name in means} | {"ratio_deviation": Max.empty()}
 
 
-def _statistics(terms: StepTerms, data: Batch, clip_range: float, rows: Array, column: Array) -> Stats:
-    """Of one microbatch: the extra terms, the k3 estimate of the KL to the rollout's policy (Schulman 2020,
-    "Approximating KL divergence"), the share of ratios outside the clip range, and the largest distance of a ratio
-    from 1."""
+def _statistics(
+    terms: StepTerms, slopes: StepTerms, data: Batch, clip_range: float, rows: Array, column: Array
+) -> Stats:
+    """What the metrics say of one microbatch.
+
+    These are the extra terms, the k3 estimate of the KL to the rollout's policy (Schulman 2020, "Approximating KL
+    divergence"), the share of ratios outside the clip range on either side, the share of pairs whose log_prob has no
+    gradient (PPO's clip takes it on one side only, where the policy has already moved as the advantage asks), and the
+    largest distance of a ratio from 1.
+
+    Args:
+      terms: of the microbatch, [M, 1] each.
+      slopes: the loss's derivative by each term.
+      data, clip_range, rows, column: which pairs they are of.
+    """
     mask = data.mask[rows, column]
     extra = {"kl": terms.kl, "noise_mse": terms.noise_mse, "denoise_mse": terms.denoise_mse}
     out: Stats = {name: Mean.of(value[:, 0], mask) for name, value in extra.items() if value is not None}
-    if terms.log_prob is None:
+    if terms.log_prob is None or slopes.log_prob is None:
         return out
     log_ratio = terms.log_prob[:, 0] - data.old_log_prob[rows, column]
     deviation = jnp.abs(jnp.expm1(log_ratio)) * mask
     out["approx_kl"] = Mean.of(jnp.expm1(log_ratio) - log_ratio, mask)
     out["clip_fraction"] = Mean.of((deviation > clip_range).astype(jnp.float32), mask)
+    out["zero_gradient_fraction"] = Mean.of((slopes.log_prob[:, 0] == 0).astype(jnp.float32), mask)
     out["ratio_deviation"] = Max.of(deviation)
     return out

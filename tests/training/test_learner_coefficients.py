@@ -1,0 +1,99 @@
+"""What the learner does with a loss's derivatives by the terms: which pairs have none, which part is weighted."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+import toy
+
+from ddpo_jax import sharding
+from ddpo_jax.ops import masked, surrogate
+from ddpo_jax.training.learner import Learner, Minibatch, Objective
+from ddpo_jax.types import Traits
+
+N, T, CLIP = 6, 4, 0.02
+PARAMS, REFERENCE = toy.parameters(), toy.parameters(5)
+ADVANTAGES = np.array([1.0, -2.0, 0.0, 0.5, -0.5, 3.0], np.float32)
+
+
+@pytest.fixture(autouse=True)
+def quickly_compiled():
+    with tiny.quick_compilation():
+        yield
+
+
+def learner(objective):
+    """``(update, terms)``: gradient and metrics of a minibatch, and its terms, on one device in microbatches of 3."""
+    mesh = sharding.make_mesh(1, 1)
+    recorder = optax.GradientTransformation(  # what is handed to the optimizer becomes its state: the gradient
+        lambda params: jax.tree.map(jnp.zeros_like, params),
+        lambda grads, state, params: (jax.tree.map(jnp.zeros_like, params), grads),
+    )
+    made = Learner(toy.policy(T), objective, recorder, mesh, microbatch_size=3)
+    start = made.init({name: jnp.asarray(x) for name, x in PARAMS.items()})
+    rest = [sharding.put_params(jax.tree.map(jnp.asarray, x), mesh) for x in (REFERENCE, toy.FROZEN)]
+    rest.append(sharding.replicate(jnp.asarray(toy.contexts(N)[1]), mesh))
+
+    def update(batch):
+        state = jax.tree.map(jnp.copy, start)  # an update donates its state
+        state, metrics = made.update(state, *rest, sharding.put_batch(batch, mesh))
+        return jax.device_get(state.opt_state), jax.device_get(metrics)
+
+    return update, lambda batch: jax.device_get(made.log_prob(start.params, *rest, sharding.put_batch(batch, mesh)))
+
+
+def minibatch(**fields):
+    """Random trajectories of which every step is trained but three; the old log-probs are all 0."""
+    mask = np.ones((N, T), np.float32)
+    mask[0, 1] = mask[3, 3] = mask[5, 0] = 0
+    rng = np.random.default_rng(1)
+    given = {
+        "latents": rng.standard_normal((N, T + 1, *toy.SHAPE)).astype(np.float32),
+        "context": toy.contexts(N)[0],
+        "old_log_prob": np.zeros((N, T), np.float32),
+        "advantages": ADVANTAGES,
+        "rewards": rng.standard_normal(N).astype(np.float32),
+        "prompt_ids": np.repeat(np.arange(N // 2), 2).astype(np.int32),
+        "steps": np.tile(np.arange(T, dtype=np.int32), (N, 1)),
+        "step_weight": rng.uniform(0.2, 2, (N, T)).astype(np.float32),
+        "mask": mask,
+        "seeds": np.arange(N, dtype=np.int32),
+    }
+    return Minibatch(**given | fields)
+
+
+def clipped(terms, batch):
+    return surrogate.clipped(terms.log_prob, batch.old_log_prob, batch.advantages[:, None], batch.clip_range)
+
+
+def clipped_together(terms, batch):
+    return masked.spread(clipped(terms, batch) * batch.mask, batch.mask.sum())
+
+
+# ---- pairs without a gradient ----
+
+
+@pytest.mark.parametrize("separable", [True, False])
+def test_zero_gradient_fraction_counts_the_one_side_on_which_ppo_clips(separable):
+    """By hand: a pair has no gradient where the ratio is above 1 + c and A > 0, below 1 - c and A < 0, or A = 0. The
+    clip fraction counts both sides whatever the advantage."""
+    traits = Traits(terms=frozenset({"log_prob"}), separable=separable)
+    update, terms = learner(Objective(traits, clipped if separable else clipped_together, CLIP))
+    batch = minibatch()
+    log_ratio = np.tile([0.05, -0.05, 0.01, -0.01], (N, 1)).astype(np.float32)  # two outside the range, two inside
+    batch = dataclasses.replace(batch, old_log_prob=terms(batch).log_prob - log_ratio)
+    _, metrics = update(batch)
+    # Of 24 pairs 21 are trained. Outside: columns 0 and 1, less (0, 1) and (5, 0): 10. Without a gradient: A > 0 in
+    # column 0: samples 0 and 3 (5 is masked); A < 0 in column 1: samples 1 and 4; A = 0: all 4 of sample 2. Together 8.
+    np.testing.assert_allclose(metrics["clip_fraction"], 10 / 21, rtol=1e-6)
+    np.testing.assert_allclose(metrics["zero_gradient_fraction"], 8 / 21, rtol=1e-6)
+
+
+def test_a_regression_on_images_has_no_such_fraction():
+    update, _ = learner(Objective(Traits(terms=frozenset({"denoise_mse"})), lambda t, b: t.denoise_mse, CLIP))
+    _, metrics = update(minibatch())
+    assert "zero_gradient_fraction" not in metrics and "denoise_mse" in metrics
