@@ -79,7 +79,7 @@ KEYS = (
     Key("train.clip_range", Computed(float), "trust region of the per-step ratio: 1e-4 * sqrt(16384 / latent numbers)"),
     Key("train.adv_clip_max", 10.0, "advantages are clipped to +- this, in units of the advantage"),
     Key("train.timestep_fraction", ByModel(0.3, 1.0), "part of the T steps trained per image, in (0, 1], at least one"),
-    Key("train.step_sampling", "importance", "how they are drawn: uniform, or by the weighting (unbiased)"),
+    Key("train.step_sampling", "importance", "how a part is drawn, no step twice: uniform, or by weight (unbiased)"),
     Key("train.lora_rank", ByModel(0, 4), "rank of low-rank adapters on the attention; 0 = train the whole UNet"),
     Key("train.lora_targets", ("to_q", "to_k", "to_v", "to_out.0"), "layers that get an adapter: ends of their names"),
     Key("train.ema_decay", 0.0, "decay per update of an average of the parameters, in [0, 1); 0 = no average"),
