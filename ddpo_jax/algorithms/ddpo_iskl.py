@@ -45,16 +45,21 @@ def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, 
 
 
 def loss(terms: StepTerms, batch: Batch, config: ConfigDict) -> jax.Array:
-    """Surrogate of the trajectory plus its penalty [N], both divided by the number of trained steps."""
+    """Surrogate of the trajectory [N], divided by the number of trained steps."""
     # masked entries become 0 before any arithmetic: whatever stands there then has no gradient
-    arrays = (terms.log_prob, batch.old_log_prob, terms.ref_log_prob)
-    log_prob, old_log_prob, ref_log_prob = (masked.fill(x, batch.mask) for x in arrays)
+    log_prob, old_log_prob = (masked.fill(x, batch.mask) for x in (terms.log_prob, batch.old_log_prob))
     if config.ratio_level == "step":
         value = surrogate.clipped(log_prob, old_log_prob, batch.advantages[:, None], batch.clip_range)
         value = masked.total(value, batch.mask, axis=1)
     else:
         value = surrogate.clipped(log_prob.sum(1), old_log_prob.sum(1), batch.advantages, batch.clip_range)
         value = value * masked.trained(batch.mask)
+    return masked.spread(value, batch.mask.sum())
+
+
+def penalty(terms: StepTerms, batch: Batch, config: ConfigDict) -> jax.Array:
+    """What the drift from the pretrained model costs a trajectory [N], divided by the number of trained steps."""
+    log_prob, ref_log_prob = (masked.fill(x, batch.mask) for x in (terms.log_prob, terms.ref_log_prob))
     dims = batch.num_dims if config.log_prob_reduction == "sum" else 1
     drift = dims * (log_prob - ref_log_prob).sum(axis=1)
-    return masked.spread(value + 0.5 * config.kl_coef * drift**2, batch.mask.sum())
+    return masked.spread(0.5 * config.kl_coef * drift**2, batch.mask.sum())

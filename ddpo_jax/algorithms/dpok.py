@@ -55,12 +55,15 @@ def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, 
 
 
 def loss(terms: StepTerms, batch: Batch, config: ConfigDict) -> jax.Array:
-    """Policy loss [N, S]; V is a constant in it."""
+    """Policy gradient of a step [N, S]; V is a constant in it."""
     advantage = batch.rewards[:, None] - jax.lax.stop_gradient(terms.value)
     policy = surrogate.clipped if config.surrogate == "clip" else surrogate.clamped
-    penalty = terms.kl if config.kl_form == "gaussian" else terms.noise_mse
-    gain = policy(terms.log_prob, batch.old_log_prob, advantage, batch.clip_range)
-    return config.reward_weight * gain + config.kl_coef * penalty
+    return config.reward_weight * policy(terms.log_prob, batch.old_log_prob, advantage, batch.clip_range)
+
+
+def penalty(terms: StepTerms, batch: Batch, config: ConfigDict) -> jax.Array:
+    """What the distance to the pretrained model costs a step [N, S]."""
+    return config.kl_coef * (terms.kl if config.kl_form == "gaussian" else terms.noise_mse)
 
 
 def value_loss(terms: StepTerms, batch: Batch, config: ConfigDict) -> jax.Array:

@@ -89,6 +89,7 @@ KEYS = (
     # The families: a member's own options join its section.
     Key("algorithm.name", "ddpo", "scores to coefficients: a file of ddpo_jax/algorithms"),
     Key("weighting.name", "uniform", "weight of each step: a file of ddpo_jax/weighting"),
+    Key("weighting.kl", False, "whether the weights multiply an algorithm's KL penalty too, not the advantage alone"),
     Key("replay.name", "none", "rule that picks what is replayed, a file of ddpo_jax/replay; none = only this epoch"),
     Key("replay.k", 4, "images replayed per device and epoch, after the ordinary updates"),
     Key("replay.history", 3, "epochs a rollout stays in the buffer"),

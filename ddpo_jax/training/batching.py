@@ -31,6 +31,7 @@ def minibatches(
     *,
     timestep_fraction: float = 1.0,
     step_sampling: str = "uniform",
+    weigh_penalty: bool = False,
 ) -> Iterator[Minibatch]:
     """One pass over the samples in random order, ``batch_size`` at a time; the last one is filled with masked samples.
 
@@ -44,6 +45,7 @@ def minibatches(
         trained once, with its weight.
       step_sampling: how a part is drawn: "uniform", or "importance": with probabilities that follow the timestep
         weights, whose place in the loss a correction then takes.
+      weigh_penalty: whether the weights multiply an algorithm's penalty as well.
     """
     count = max(1, round(timestep_fraction * int(trained.sum())))
     rows = order(rng, samples.group_ids, traits.group)
@@ -63,7 +65,7 @@ def minibatches(
         else:
             columns = steps.uniform_subset(rng, batch_size, trained, count)
         chosen = dataclasses.replace(chosen, mask=chosen.mask * mask[:, None])
-        yield minibatch(rng, chosen, columns, correction, by_group=not traits.separable)
+        yield minibatch(rng, chosen, columns, correction, weigh_penalty=weigh_penalty, by_group=not traits.separable)
 
 
 def minibatch(
@@ -72,6 +74,7 @@ def minibatch(
     columns: Int[np.ndarray, "N S"],
     correction: Float[np.ndarray, "N S"] | None = None,
     *,
+    weigh_penalty: bool = False,
     by_group: bool = False,
 ) -> Minibatch:
     """The samples as one minibatch that trains the steps ``columns`` of each.
@@ -81,11 +84,13 @@ def minibatch(
       samples: N of them.
       columns: steps.
       correction: of steps that were not all equally likely; multiplies their weights.
+      weigh_penalty: whether the weights multiply an algorithm's penalty as well.
       by_group: two draws of the same prompt count as two prompts (they do not share their noise).
     """
     n = len(samples)
     _, dense = np.unique(samples.group_ids if by_group else samples.prompt_ids, return_inverse=True)  # 32-bit
     weights = np.take_along_axis(samples.weights, columns, axis=1)
+    correction = np.ones_like(weights) if correction is None else correction
     return Minibatch(
         latents=samples.latents,
         context=samples.context,
@@ -94,7 +99,8 @@ def minibatch(
         rewards=samples.rewards,
         prompt_ids=dense.astype(np.int32),
         steps=columns,
-        step_weight=weights if correction is None else weights * correction,
+        step_weight=weights * correction,
+        penalty_weight=weights * correction if weigh_penalty else correction,
         mask=np.take_along_axis(samples.mask, columns, axis=1),
         seeds=rng.integers(2**31, size=n, dtype=np.int32),
     )

@@ -110,6 +110,7 @@ def optimise(
             parts.traits,
             timestep_fraction=options.timestep_fraction,
             step_sampling=options.step_sampling,
+            weigh_penalty=config.weighting.kl,
         ):
             batch = sharding.put_batch(batch, parts.mesh)
             state, batch, fitted = fit_value(parts, state, batch)

@@ -8,6 +8,7 @@ extra forward pass first. Memory holds one microbatch of one step, whatever T is
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +29,7 @@ from ddpo_jax.ops.running import Max, Mean
 from ddpo_jax.types import AnyArray, Batch, Params, StepTerms, Traits
 
 Stats = dict[str, Any]  # Mean or Max by name
+Parts = list[tuple[Callable[[StepTerms, Batch], Array], AnyArray]]  # of a loss, each with its weights [N, S]
 
 
 @struct.dataclass
@@ -54,6 +56,7 @@ class Minibatch:
     prompt_ids: Int[AnyArray, " N"]
     steps: Int[AnyArray, "N S"]  # the trained steps of each sample
     step_weight: Float[AnyArray, "N S"]  # timestep weight of each, mean 1 over a trajectory
+    penalty_weight: Float[AnyArray, "N S"]  # the same for an algorithm's penalty, which weights may leave alone
     mask: Float[AnyArray, "N S"]  # 0 where a pair is padding
     seeds: Int[AnyArray, " N"]  # of the random timesteps and noise of denoise_mse
 
@@ -72,6 +75,7 @@ class Objective:
     traits: Traits
     loss: Callable[[StepTerms, Batch], Array]
     clip_range: float
+    penalty: Callable[[StepTerms, Batch], Array] | None = None  # a part of the loss with weights of its own
 
 
 def algorithm_batch(batch: Minibatch, clip_range: float) -> Batch:
@@ -174,7 +178,9 @@ class Learner:
     ) -> tuple[Params, dict[str, Array]]:
         """On one device: the gradient of the whole minibatch's loss (summed over devices) and its metrics."""
         traits = self._objective.traits
-        weight = batch.step_weight
+        parts: Parts = [(self._objective.loss, batch.step_weight)]
+        if self._objective.penalty is not None:
+            parts.append((self._objective.penalty, batch.penalty_weight))
         pairs = jnp.maximum(jax.lax.psum(batch.mask.sum(), sharding.BATCH_AXES), 1)
         data = algorithm_batch(batch, self._objective.clip_range)
 
@@ -184,19 +190,19 @@ class Learner:
         coefficients: StepTerms | None = None  # dL/dterms of all pairs, where the loss couples them
         if not traits.separable:
             everything = _map_pairs(partial(terms_of, params), batch, self._microbatch)
-            loss, coefficients = self._coefficients(everything, data)
+            loss, coefficients = self._coefficients(everything, data, parts)
 
         def weighted(terms: StepTerms, rows: Array, column: Array) -> Array:
             """What a microbatch adds to a separable loss."""
             picked = jax.tree.map(lambda x: x[rows, column][:, None] if x.ndim == 2 else x[rows], data)
-            losses = masked.fill(self._objective.loss(terms, picked), picked.mask)
-            return (losses * picked.mask * weight[rows, column][:, None]).sum() / pairs
+            losses = sum(masked.fill(part(terms, picked), picked.mask) * w[rows, column][:, None] for part, w in parts)
+            return (losses * picked.mask).sum() / pairs
 
         def slopes(terms: StepTerms, rows: Array, column: Array) -> StepTerms:
             """The derivative of the loss by every term of a microbatch."""
             if coefficients is None:
                 return jax.grad(weighted)(terms, rows, column)
-            return jax.tree.map(lambda c: (c * weight)[rows, column][:, None], coefficients)
+            return jax.tree.map(lambda c: c[rows, column][:, None], coefficients)
 
         def surrogate(params: Params, rows: Array, column: Array) -> tuple[Array, StepTerms]:
             """A scalar whose gradient is this microbatch's part of the loss's, and the terms."""
@@ -221,14 +227,22 @@ class Learner:
         out["loss"] = jax.lax.psum(total, sharding.BATCH_AXES) if traits.separable else loss
         return sharding.scatter_grads(grads, sharding.param_specs(params, self._mesh)), out
 
-    def _coefficients(self, terms: StepTerms, data: Batch) -> tuple[Array, StepTerms]:
-        """Loss and dL/dterms [n, S] of this device's samples, for a loss that needs the terms of all samples."""
+    def _coefficients(self, terms: StepTerms, data: Batch, parts: Parts) -> tuple[Array, StepTerms]:
+        """Loss and dL/dterms [n, S] of this device's samples, for a loss that needs the terms of all samples.
+
+        The weights multiply the derivatives: what couples the steps is the loss as its paper has it.
+        """
         axes = sharding.BATCH_AXES
         everyone = partial(jax.lax.all_gather, axis_name=axes, tiled=True)
         all_terms, all_data = jax.tree.map(everyone, terms), jax.tree.map(everyone, data)
-        loss, coefficients = jax.value_and_grad(lambda t: self._objective.loss(t, all_data).mean())(all_terms)
         start = jax.lax.axis_index(axes) * data.mask.shape[0]
-        return loss, jax.tree.map(lambda c: jax.lax.dynamic_slice_in_dim(c, start, data.mask.shape[0]), coefficients)
+
+        def own(part: Callable[[StepTerms, Batch], Array], weight: AnyArray) -> tuple[Array, StepTerms]:
+            value, slopes = jax.value_and_grad(lambda t: part(t, all_data).mean())(all_terms)
+            mine = jax.tree.map(lambda c: jax.lax.dynamic_slice_in_dim(c, start, data.mask.shape[0]), slopes)
+            return value, jax.tree.map(lambda c: c * weight, mine)
+
+        return functools.reduce(partial(jax.tree.map, jnp.add), [own(*part) for part in parts])
 
     def _terms(
         self,

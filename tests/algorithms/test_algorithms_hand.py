@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from ddpo_jax.find import find
 from ddpo_jax.ops.advantages import PromptStats
@@ -22,7 +23,9 @@ def loss(name, terms, batch, **options):
     module = find("algorithms", name)
     config = module.default_config()
     config.update(options)
-    return np.asarray(module.loss(StepTerms(**{k: jnp.asarray(v) for k, v in terms.items()}), batch, config))
+    terms = StepTerms(**{k: jnp.asarray(v) for k, v in terms.items()})
+    parts = [getattr(module, part) for part in ("loss", "penalty") if hasattr(module, part)]
+    return np.asarray(sum(part(terms, batch, config) for part in parts))
 
 
 def make_batch(old=((0.0, 0.0), (0.0, 0.0)), adv=(1.0, -2.0), rewards=(3.0, 1.0), mask=None, **fields):
@@ -78,6 +81,11 @@ def test_dpok():
     # -1.05, -0.5 * 1.1; 2.1, 0; times 10; plus 0.5 * kl
     want = [[-10.5 + 0.05, -5.5 + 0.1], [21 + 0.15, 0.2]]
     np.testing.assert_allclose(loss("dpok", terms, make_batch(), kl_coef=0.5), want, rtol=1e-6)
+    # the penalty is a part of its own, which timestep weights leave alone
+    penalty = find("algorithms", "dpok").penalty(
+        StepTerms(kl=jnp.asarray([[0.1, 0.2]])), None, ConfigDict({"kl_form": "gaussian", "kl_coef": 0.5})
+    )
+    np.testing.assert_allclose(penalty, [[0.05, 0.1]], rtol=1e-6)
     # clamp differs where the ratio is below the range and A < 0: r 0.5 counts as 0.9, whatever the sign
     terms = {"log_prob": LOG_PROB, "value": [[2.0, 4.0], [3.0, 3.0]], "noise_mse": [[0.1, 0.2], [0.3, 0.4]]}
     out = loss("dpok", terms, make_batch(), kl_coef=0.5, kl_form="noise_mse", surrogate="clamp", reward_weight=1.0)

@@ -72,11 +72,9 @@ def train(name: str, epochs: int) -> SimpleNamespace:
 
     @jax.jit
     def update(params, opt_state, latents, batch):
-        grads = jax.grad(objective, argnums=1)(module.loss, params, latents, batch)
-        if used.value_updates:
-            grads = jax.tree.map(
-                jnp.add, grads, jax.grad(objective, argnums=1)(module.value_loss, params, latents, batch)
-            )
+        functions = [getattr(module, part) for part in ("loss", "penalty", "value_loss") if hasattr(module, part)]
+        grads = [jax.grad(objective, argnums=1)(function, params, latents, batch) for function in functions]
+        grads = jax.tree.map(lambda *parts: sum(parts), *grads)
         updates, opt_state = tx.update(grads, opt_state)
         return optax.apply_updates(params, updates), opt_state
 

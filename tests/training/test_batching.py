@@ -162,6 +162,19 @@ def test_all_steps_are_trained_once_with_their_weight(step_sampling):
         np.testing.assert_array_equal(batch.step_weight, numbers(batch)[:, None] * 10 + batch.steps + 1)
 
 
+def test_a_penalty_has_the_weights_only_where_it_is_told_to():
+    """Without them its mean over the drawn steps is the plain mean over all: the correction alone stands there."""
+    weights = np.array([3.4, 0.3, 0.3, 0.0], np.float32)
+    chosen = ScoredSamples(**{**vars(samples(4)), "weights": np.tile(weights, (4, 1))})
+    (all_steps,) = batches(chosen=chosen, timestep_fraction=1.0)
+    np.testing.assert_array_equal(all_steps.penalty_weight, 1)
+    (some,) = batches(chosen=chosen, timestep_fraction=0.5, step_sampling="importance")
+    np.testing.assert_allclose(some.penalty_weight, np.array([0.5, 1, 1])[some.steps], rtol=1e-6)  # 2 / (4 p)
+    for options in ({"timestep_fraction": 1.0}, {"timestep_fraction": 0.5, "step_sampling": "importance"}):
+        (batch,) = batches(chosen=chosen, weigh_penalty=True, **options)
+        np.testing.assert_array_equal(batch.penalty_weight, batch.step_weight)
+
+
 def test_importance_sampling_does_not_apply_to_a_coupled_loss():
     for batch in batches(traits=COUPLED, step_sampling="importance"):
         np.testing.assert_array_equal(batch.step_weight, numbers(batch)[:, None] * 10 + batch.steps + 1)

@@ -60,6 +60,7 @@ def minibatch(**fields):
         "prompt_ids": np.repeat(np.arange(N // 2), 2).astype(np.int32),
         "steps": np.tile(np.arange(T, dtype=np.int32), (N, 1)),
         "step_weight": rng.uniform(0.2, 2, (N, T)).astype(np.float32),
+        "penalty_weight": rng.uniform(0.2, 2, (N, T)).astype(np.float32),
         "mask": mask,
         "seeds": np.arange(N, dtype=np.int32),
     }
@@ -97,3 +98,56 @@ def test_a_regression_on_images_has_no_such_fraction():
     update, _ = learner(Objective(Traits(terms=frozenset({"denoise_mse"})), lambda t, b: t.denoise_mse, CLIP))
     _, metrics = update(minibatch())
     assert "zero_gradient_fraction" not in metrics and "denoise_mse" in metrics
+
+
+# ---- a penalty that has weights of its own ----
+
+
+def distance(terms, batch):
+    return 30 * terms.kl
+
+
+def drift(terms, batch):
+    """[N]: couples the steps of a trajectory."""
+    return masked.spread(jnp.square((terms.kl * batch.mask).sum(axis=1)), batch.mask.sum())
+
+
+def difference(found, expected):
+    apart = np.sqrt(sum(((found[name] - value) ** 2).sum() for name, value in expected.items()))
+    return apart / np.sqrt(sum((value**2).sum() for value in expected.values()))
+
+
+def objective(*, separable=True, penalty=None, loss=None):
+    own = clipped if separable else clipped_together
+    return Objective(Traits(frozenset({"log_prob", "kl"}), separable=separable), loss or own, CLIP, penalty)
+
+
+def test_the_penalty_of_a_separable_loss_has_its_own_weights():
+    update, terms = learner(objective(penalty=distance))
+    batch = minibatch()
+    found = terms(batch)
+    batch = dataclasses.replace(batch, old_log_prob=found.log_prob + 0.01)
+    gradient, metrics = update(batch)
+    ratio, a = np.exp(np.float64(-0.01)), np.float64(ADVANTAGES)[:, None]  # inside the range: the surrogate is -A ratio
+    want = (-a * ratio * batch.step_weight + 30 * np.float64(found.kl) * batch.penalty_weight) * batch.mask
+    np.testing.assert_allclose(metrics["loss"], want.sum() / batch.mask.sum(), rtol=1e-3)
+    # the gradient is the sum of the two parts', each with its weights
+    surrogate_alone, _ = learner(objective())[0](batch)
+    as_loss = dataclasses.replace(batch, step_weight=batch.penalty_weight)
+    penalty_alone, _ = learner(objective(loss=distance))[0](as_loss)
+    parts = {name: surrogate_alone[name] + penalty_alone[name] for name in gradient}
+    assert difference(gradient, parts) < 1e-5 and difference(gradient, surrogate_alone) > 0.01
+
+
+def test_the_penalty_of_a_coupled_loss_has_its_own_weights():
+    """Written as coupled, the same sum over pairs has the same gradient; a penalty that couples adds its own."""
+    batch = minibatch()
+    batch = dataclasses.replace(batch, old_log_prob=learner(objective())[1](batch).log_prob + 0.01)
+    surrogate_alone, _ = learner(objective())[0](batch)
+    as_loss = dataclasses.replace(batch, step_weight=batch.penalty_weight)
+    penalty_alone, alone = learner(objective(separable=False, loss=drift))[0](as_loss)
+    gradient, metrics = learner(objective(separable=False, penalty=drift))[0](batch)
+    _, without = learner(objective(separable=False))[0](batch)
+    parts = {name: surrogate_alone[name] + penalty_alone[name] for name in gradient}
+    assert difference(gradient, parts) < 1e-5 and difference(gradient, surrogate_alone) > 0.01
+    np.testing.assert_allclose(metrics["loss"], without["loss"] + alone["loss"], rtol=1e-5)
