@@ -3,7 +3,8 @@
 Papers: Black et al. 2023, arXiv:2305.13301, section 4.1 (w_RWR); Gao et al. 2025, section 3.1, Algorithm 1.
 The policy is seen as a one-step choice of the final latents, whose likelihood is replaced by the denoising loss: they
 are noised again at random timesteps and the guided prediction is compared with that noise. A regression may reuse a
-rollout for many updates; one round on samples of the pretrained model is ``refresh_every=0``.
+rollout for many updates; one round on samples of the pretrained model is ``refresh_every=0``. A trained step stands for
+its share of the noise levels, so timestep weights weigh noise levels.
 """
 
 from __future__ import annotations

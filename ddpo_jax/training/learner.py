@@ -275,7 +275,7 @@ class Learner:
                 if "noise_mse" in wanted:
                     out["noise_mse"] = jnp.mean((output - ref_output) ** 2, axis=(1, 2, 3))
         if "denoise_mse" in wanted:
-            out["denoise_mse"] = self._denoise_mse(params, frozen, batch, rows, column, context, uncond)
+            out["denoise_mse"] = self._denoise_mse(params, frozen, batch, rows, column, steps, context, uncond)
         if "value" in wanted and isinstance(batch, ValuedMinibatch):
             out["value"] = batch.values[rows, column]
         return StepTerms(**{name: value[:, None] for name, value in out.items()})
@@ -287,18 +287,26 @@ class Learner:
         batch: Minibatch,
         rows: Array,
         column: Array,
+        steps: Array,
         context: Array,
         uncond: Array,
     ) -> Float[Array, " M"]:
-        """The denoising loss of the final latents at a random training timestep (Black et al. 2023, Eq. 1)."""
-        transition, clean = self._policy.transition, batch.latents[rows, -1]
+        """The denoising loss of the final latents at a random training timestep (Black et al. 2023, Eq. 1).
 
-        def draw(seed: Array) -> tuple[Array, Array]:
+        The trained steps share the training timesteps equally, the first of them the noisiest; a step draws from its
+        share. All steps together are the uniform distribution, and a timestep weighting weighs noise levels.
+        """
+        transition, clean = self._policy.transition, batch.latents[rows, -1]
+        trained = jnp.cumsum(transition.trainable)  # how many up to and including each step
+        bounds = jnp.arange(len(trained) + 1) * transition.num_train_timesteps // trained[-1]  # from the least noisy
+
+        def draw(seed: Array, step: Array) -> tuple[Array, Array]:
             t_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), column))
-            t = jax.random.randint(t_key, (), 0, transition.num_train_timesteps)
+            place = trained[-1] - trained[step]
+            t = jax.random.randint(t_key, (), bounds[place], bounds[place + 1])
             return t, jax.random.normal(noise_key, clean.shape[1:])
 
-        timesteps, noise = jax.vmap(draw)(batch.seeds[rows])
+        timesteps, noise = jax.vmap(draw)(batch.seeds[rows], steps)
         noised, target = transition.add_noise(clean, noise, timesteps)
         output = self._policy.model_output(params, frozen, noised, timesteps, context, uncond)
         return jnp.mean((output - target) ** 2, axis=(1, 2, 3))

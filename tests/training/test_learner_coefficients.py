@@ -151,3 +151,45 @@ def test_the_penalty_of_a_coupled_loss_has_its_own_weights():
     parts = {name: surrogate_alone[name] + penalty_alone[name] for name in gradient}
     assert difference(gradient, parts) < 1e-5 and difference(gradient, surrogate_alone) > 0.01
     np.testing.assert_allclose(metrics["loss"], without["loss"] + alone["loss"], rtol=1e-5)
+
+
+# ---- the noise levels of a regression ----
+
+
+@pytest.mark.parametrize("final_alpha_is_one", [False, True])
+def test_a_step_draws_its_noise_level_from_its_share_of_the_training_timesteps(final_alpha_is_one):
+    """A network that answers with the timestep has an error of about its square, from which the timestep is read."""
+    trained = T - 1 if final_alpha_is_one else T  # then the last step has no density
+    n = 40
+    steps = np.tile(np.arange(trained, dtype=np.int32), (n, 1))
+    rng = np.random.default_rng(2)
+    batch = Minibatch(
+        latents=rng.standard_normal((n, T + 1, *toy.SHAPE)).astype(np.float32),
+        context=toy.contexts(n)[0],
+        old_log_prob=np.zeros((n, T), np.float32),
+        advantages=np.ones(n, np.float32),
+        rewards=np.ones(n, np.float32),
+        prompt_ids=np.zeros(n, np.int32),
+        steps=steps,
+        step_weight=np.ones(steps.shape, np.float32),
+        penalty_weight=np.ones(steps.shape, np.float32),
+        mask=np.ones(steps.shape, np.float32),
+        seeds=np.arange(n, dtype=np.int32),
+    )
+
+    def says_when(params, frozen, latents, timesteps, context):
+        return jnp.zeros_like(latents) + timesteps[:, None, None, None] + 0 * params["out"].sum()
+
+    policy = dataclasses.replace(toy.policy(T, set_alpha_to_one=final_alpha_is_one), network=says_when)
+    assert int(np.asarray(policy.transition.trainable).sum()) == trained
+    mesh = sharding.make_mesh(1, 1)
+    regression = Objective(Traits(frozenset({"denoise_mse"})), lambda t, b: t.denoise_mse, CLIP)
+    made = Learner(policy, regression, optax.sgd(1.0), mesh, microbatch_size=10)
+    params = {name: jnp.asarray(x) for name, x in PARAMS.items()}
+    found = made.log_prob(params, {}, {}, jnp.asarray(toy.contexts(1)[1]), sharding.put_batch(batch, mesh))
+    timesteps = np.sqrt(np.asarray(found.denoise_mse))  # of 64 noises with mean square 1: within 1 of the timestep
+    edges = [i * 1000 // trained for i in range(trained + 1)]
+    for column in range(trained):
+        low, high = edges[trained - 1 - column], edges[trained - column]
+        assert (timesteps[:, column] > low - 2).all() and (timesteps[:, column] < high + 2).all()
+        assert np.ptp(timesteps[:, column]) > 0.6 * (high - low)  # 40 draws from all of it
