@@ -169,9 +169,26 @@ def test_reinforce_bc_advantages():
 def test_rwr_weights():
     rewards, ids = np.log([1.0, 3.0, 1.0, 1.0]), np.array([0, 0, 1, 1])
     # temperature 2 squares: 1 9 1 1, sum 12, times 4; by prompt: (1, 9) / 10 * 2, (1, 1)
-    np.testing.assert_allclose(advantages("rwr", rewards, ids, temperature=2.0), np.array([1, 9, 1, 1]) / 3)
-    got = advantages("rwr", rewards, ids, temperature=2.0, softmax_over="prompt")
+    raw = {"temperature": 2.0, "reward_unit": "reward"}
+    np.testing.assert_allclose(advantages("rwr", rewards, ids, **raw), np.array([1, 9, 1, 1]) / 3)
+    got = advantages("rwr", rewards, ids, **raw, softmax_over="prompt")
     np.testing.assert_allclose(got, [0.2, 1.8, 1, 1])
+
+
+def test_rwr_weights_in_deviations():
+    # deviation of 0 4 2 2 is sqrt(2): exponents 0, 2 sqrt(2), sqrt(2), sqrt(2)
+    rewards, ids = np.array([0.0, 4.0, 2.0, 2.0]), np.array([5, 5, 9, 9])
+    powers = np.exp(np.sqrt(2) * np.array([0, 2, 1, 1]))
+    np.testing.assert_allclose(advantages("rwr", rewards, ids), 4 * powers / powers.sum(), rtol=1e-5)
+    # within prompts the samples are 2, 2, 0, 0 off their means: the deviation is sqrt(2) for both prompts
+    powers = np.exp(1.5 / np.sqrt(2) * np.array([0, 4]))
+    got = advantages("rwr", rewards, ids, softmax_over="prompt", temperature=1.5)
+    np.testing.assert_allclose(got, [*(2 * powers / powers.sum()), 1, 1], rtol=1e-5)
+    # of no consequence: the scale and the zero of the reward, and rewards that are all equal
+    for options in ({}, {"softmax_over": "prompt"}):
+        moved = advantages("rwr", 1000 * rewards - 7, ids, **options)
+        np.testing.assert_allclose(moved, advantages("rwr", rewards, ids, **options), rtol=1e-5)
+        np.testing.assert_array_equal(advantages("rwr", np.full(4, 0.3), ids, **options), 1)
 
 
 def test_rwr_sparse_weights():

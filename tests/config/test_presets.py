@@ -35,7 +35,11 @@ NUMBERS = {
         **{"train.learning_rate": 1e-5, "train.lora_rank": 0, "train.clip_range": 1e-4, "algorithm.name": "ddpo"},
     },
     "ddpo.py:algorithm=ddpo_sf": {"images": 256, "train.batch_size": 256, "train.learning_rate": 1e-5},
-    "rwr.py": {"images": 256, "algorithm.temperature": 0.2, "algorithm.softmax_over": "batch", "sample.num_steps": 50},
+    "rwr.py": {
+        **{"images": 256, "algorithm.temperature": 0.2, "algorithm.softmax_over": "batch", "sample.num_steps": 50},
+        **{"algorithm.reward_unit": "reward", "prompts.samples_per_prompt": 1},
+    },
+    "rwr.py:reward=aesthetic": {"algorithm.softmax_over": "prompt", "prompts.samples_per_prompt": 4, "images": 256},
     "rwr.py:algorithm=rwr_sparse": {"algorithm.threshold": 90.0, "algorithm.threshold_by": "percentile"},
     "loop.py": {
         **{"prompts.samples_per_prompt": 4, "train.batch_size": 8 * 4, "train.learning_rate": 1e-5},
