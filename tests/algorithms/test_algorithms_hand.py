@@ -96,25 +96,36 @@ def test_dpok():
 
 
 def test_prdp():
-    # rhat by step: 0.3 0.1 | -0.2 0.4; sums 0.4, 0.2. Rewards 3 and 1 with beta 10: target 0.2. Zero loss.
+    # rhat by step: 0.3 0.1 | -0.2 0.4; sums 0.4, 0.2. Rewards 1 off the mean, beta 10: target 0.2. Zero loss.
     terms = {"log_prob": [[0.3, 0.1], [-0.2, 0.4]], "ref_log_prob": np.zeros((2, 2))}
+
+    def mean_loss(old, num_dims=1, **options):
+        batch = make_batch(old, adv=(1.0, -1.0), num_dims=num_dims)
+        return loss("prdp", terms, batch, **({"kl_coef": 10.0} | options)).mean()
+
     old = np.array([[0.3, 0.1], [-0.2, 0.4]])
-    np.testing.assert_allclose(loss("prdp", terms, make_batch(old)).mean(), 0, atol=1e-12)
+    np.testing.assert_allclose(mean_loss(old), 0, atol=1e-12)
     # beta 1: (0.2 - 2)^2; one pair
-    np.testing.assert_allclose(loss("prdp", terms, make_batch(old), kl_coef=1.0).mean(), 3.24, rtol=1e-6)
+    np.testing.assert_allclose(mean_loss(old, kl_coef=1.0), 3.24, rtol=1e-6)
     # rhat_old 0.3 0.1 | 0 0.2, epsilon 0.1: the second is clipped to -0.1 + 0.3 = 0.2. The same sum, the same loss.
     # rhat_old 0.3 0.1 | 0 0.4: clipped to -0.1 + 0.4 = 0.3: difference 0.1 misses 0.2 by 0.1
-    np.testing.assert_allclose(loss("prdp", terms, make_batch([[0.3, 0.1], [0.0, 0.2]])).mean(), 0, atol=1e-12)
-    np.testing.assert_allclose(loss("prdp", terms, make_batch([[0.3, 0.1], [0.0, 0.4]])).mean(), 0.01, rtol=1e-5)
-    np.testing.assert_allclose(
-        loss("prdp", terms, make_batch([[0.3, 0.1], [0.0, 0.4]]), proximal=False).mean(), 0, atol=1e-12
-    )
+    np.testing.assert_allclose(mean_loss([[0.3, 0.1], [0.0, 0.2]]), 0, atol=1e-12)
+    np.testing.assert_allclose(mean_loss([[0.3, 0.1], [0.0, 0.4]]), 0.01, rtol=1e-5)
+    np.testing.assert_allclose(mean_loss([[0.3, 0.1], [0.0, 0.4]], proximal=False), 0, atol=1e-12)
+    # the number of dimensions does not matter to means
+    np.testing.assert_allclose(mean_loss([[0.3, 0.1], [0.0, 0.4]], num_dims=5), 0.01, rtol=1e-5)
     # with 5 dimensions the sums are 2 and 1, the difference misses 0.2 by 0.8; epsilon 0.5 against 5 * 0.2 = 1 moved:
     # clipped rhat_b = 5 * (0 - 0.1) + 5 * 0.4 = 1.5, difference 0.5, misses by 0.3: the larger is 0.64
-    out = loss("prdp", terms, make_batch([[0.3, 0.1], [0.0, 0.4]], num_dims=5))
-    np.testing.assert_allclose(out.mean(), 0.64, rtol=1e-5)
-    out = loss("prdp", terms, make_batch([[0.3, 0.1], [0.0, 0.4]], num_dims=5), log_prob_reduction="mean")
-    np.testing.assert_allclose(out.mean(), 0.01, rtol=1e-5)
+    summed = mean_loss([[0.3, 0.1], [0.0, 0.4]], num_dims=5, log_prob_reduction="sum")
+    np.testing.assert_allclose(summed, 0.64, rtol=1e-5)
+
+
+def test_prdp_targets_are_in_units_of_the_reward():
+    # off the prompts' means: -2 -1 3 | -5 5; the squares add up to 64, their mean over five is 12.8
+    units = np.array([-2, -1, 3, -5, 5]) / np.sqrt(12.8)
+    np.testing.assert_allclose(advantages("prdp"), units, rtol=1e-6)
+    np.testing.assert_allclose(advantages("prdp", reward_unit="reward"), units * np.sqrt(12.8), rtol=1e-12)
+    np.testing.assert_allclose(advantages("prdp", 1000 * REWARDS - 7), units, rtol=1e-6)  # of any scale
 
 
 def test_d3po():
@@ -141,8 +152,7 @@ def test_advantages():
         np.testing.assert_allclose(advantages(name), [-3, -1.5, 4.5, -10, 10])
     std = np.sqrt(14 / 3)
     np.testing.assert_allclose(advantages("grpo"), [-2 / std, -1 / std, 3 / std, -1, 1], rtol=1e-5)
-    for name in ("prdp", "d3po"):
-        np.testing.assert_allclose(advantages(name), [-2, -1, 3, -5, 5])
+    np.testing.assert_allclose(advantages("d3po"), [-2, -1, 3, -5, 5])
     # batch: mean 7.8, variance (1 + 4 + 36 + 100 + 400) / 5 - 60.84 = 47.36
     np.testing.assert_allclose(advantages("ddpo_iskl"), (REWARDS - 7.8) / np.sqrt(47.36), rtol=1e-5)
     np.testing.assert_allclose(advantages("dpok"), REWARDS - 7.8)

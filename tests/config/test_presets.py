@@ -53,9 +53,12 @@ NUMBERS = {
     "prdp.py": {  # Deng et al. 2024, section 4.4
         **{"model": "CompVis/stable-diffusion-v1-4", "num_epochs": 250, "images": 32 * 16, "sample.num_steps": 50},
         **{"prompts.samples_per_prompt": 16, "algorithm.kl_coef": 10.0, "prompts.template": "{animal}"},
-        **{"train.lora_rank": 0, "algorithm.log_prob_reduction": "sum"},
+        **{"train.lora_rank": 0, "algorithm.log_prob_reduction": "mean", "algorithm.reward_unit": "reward"},
     },
-    "prdp.py:reward=clip_score": {"num_epochs": 100, "images": 512, "prompts.template": "A painting of a {animal}"},
+    "prdp.py:reward=clip_score": {
+        **{"num_epochs": 100, "images": 512, "prompts.template": "A painting of a {animal}"},
+        **{"algorithm.kl_coef": 25.0, "algorithm.reward_unit": "deviation"},  # no beta in the paper
+    },
     "prdp.py:algorithm=ddpo": {"num_epochs": 250, "images": 512, "train.batch_size": 128, "train.num_inner_epochs": 1},
     "prdp.py:algorithm.refresh_every=0,algorithm.proximal=False": {"algorithm.refresh_every": 0},
     "prdp_large.py:prompts.path=hpd.txt": {
@@ -115,7 +118,7 @@ def test_a_preset_runs_on_the_miniature(name):
         ("selective_timestep.py:model=mini", 2.5e-5),
         ("ddpo.py:model=mini", 5e-5),
         ("ddpo.py:model=mini,algorithm=ddpo_sf", 5e-5),
-        ("prdp.py:model=mini", 5e-5),
+        ("prdp.py:model=mini", 1.25e-5),  # a quarter of DDPO's
         ("prdp.py:model=mini,algorithm=ddpo", 5e-5),
         ("ddpo_iskl.py:model=mini", 5e-5),
         ("loop.py:model=mini", 6.1237244e-5),
@@ -157,7 +160,7 @@ def test_a_sweep_resolves_is_sized_for_the_miniature_and_compares_like_with_like
         for key in ("sample.num_steps", "reward.name", "prompts.name", "sample.guidance_scale", "train.max_grad_norm"):
             assert len({c[key] for c in flat}) == 1
         rates = {c["train.learning_rate"] for c in flat}
-        assert len(rates) == 1 or file.stem in ("replay_rules", "iskl")  # which vary it on purpose
+        assert len(rates) == 1 or file.stem in ("replay_rules", "iskl", "prdp")  # which vary it on purpose
         groups = compare.group([compare.Run(file, keys.flatten(config), []) for config in panel])
         assert len(groups) == len(panel)  # no two runs are the same but for the seed
         assert len(compare.matching(groups, plan.get("BASELINE", groups[0].label))) == 1
