@@ -166,6 +166,19 @@ def test_a_sweep_resolves_is_sized_for_the_miniature_and_compares_like_with_like
         assert len(compare.matching(groups, plan.get("BASELINE", groups[0].label))) == 1
 
 
+def test_the_iskl_sweep_compares_the_penalty_alone():
+    """Gao et al. 2025, Algorithms 4 and 5: all else is the same, advantages and trained steps included."""
+    plan = runpy.run_path(str(ROOT / "configs" / "sweeps" / "iskl.py"))
+    by_name = {run["name"]: run["config"] for run in plan["runs"]() if run["panel"] == "aesthetic"}
+    found = [
+        keys.flatten(resolved(by_name[name].removeprefix("../papers/"), backend="cpu"))
+        for name in ("ddpo", "ddpo_iskl")
+    ]
+    differ = {key for key in found[0].keys() | found[1].keys() if found[0].get(key) != found[1].get(key)}
+    assert differ == {"algorithm.name", "algorithm.kl_coef", "algorithm.log_prob_reduction"}
+    assert found[0]["train.timestep_fraction"] == 1.0 and found[0]["algorithm.min_count"] == 4
+
+
 def test_every_row_of_the_evidence_has_a_sweep():
     assert {file.stem for file in SWEEPS} == {
         "weighting_and_replay",
