@@ -127,7 +127,7 @@ def optimise(
         state = train_on(state, samples, options.batch_size)
     replayed = parts.replay.retrieve(samples, epoch, rng)
     if replayed is not None:
-        state = train_on(state, replayed, len(replayed))
+        state = train_on(state, replayed, parts.replay.count)
     parts.replay.add(samples, epoch)
     metrics = jax.device_get(log)
     if not all(np.isfinite(list(out.values())).all() for out in metrics):
