@@ -216,7 +216,7 @@ def _replay(config: ConfigDict, members: Members, traits: Traits, num_devices: i
             f"replay.k: received {k}; {wanted} are more than the {there} that replay {config.replay.name!r} chooses "
             f"from; use {max(there // num_devices, 1)} or fewer"
         )
-    if traits.group and k * num_devices % group:
+    if traits.whole_groups and k * num_devices % group:
         unit = group // math.gcd(group, num_devices)
         yield (
             f"replay.k: received {k}; algorithm {config.algorithm.name!r} needs whole groups of "

@@ -166,7 +166,7 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
         shared_noise=traits.shared_noise,
     )
     collector = Collector(sampler, prompt_fn, runner, plan)
-    replay = Buffer(members.replay, config.replay, whole_groups=traits.group, num_devices=mesh.size)
+    replay = Buffer(members.replay, config.replay, whole_groups=traits.whole_groups, num_devices=mesh.size)
     needs_reference = bool(traits.terms & {"ref_log_prob", "kl", "noise_mse"})
     model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh)
     return Parts(algorithm, traits, model, learner, sampler, collector, replay, runner, mesh, sampler.uncond, value)

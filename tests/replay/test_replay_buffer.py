@@ -244,10 +244,12 @@ def faults(num_devices=1, **overrides):
         (1, {"replay.k": 49}, "replay.k: received 49; 49 images are more than the 48 that replay 'hard' chooses from"),
         (1, {"replay.name": "current_epoch", "replay.k": 17}, "17 images are more than the 16"),
         (8, {"replay.k": 7}, "7 x 8 devices = 56 images are more than the 48"),
-        (1, {"algorithm.name": "loop", "replay.k": 6}, "whole groups of prompts.samples_per_prompt=4 images"),
-        (2, {"algorithm.name": "loop", "replay.k": 6}, None),
+        (1, {"algorithm.name": "prdp", "replay.k": 6}, "whole groups of prompts.samples_per_prompt=4 images"),
+        (2, {"algorithm.name": "prdp", "replay.k": 6}, None),
         (1, {"algorithm.name": "ddpo", "replay.k": 6}, None),
-        (1, {"algorithm.name": "loop", "replay.name": "none", "replay.k": 6}, None),
+        (1, {"algorithm.name": "loop", "replay.k": 6}, None),  # its baseline is in the advantages already
+        (1, {"algorithm.name": "grpo", "replay.k": 6}, None),
+        (1, {"algorithm.name": "prdp", "replay.name": "none", "replay.k": 6}, None),
         (1, {"algorithm.name": "reinforce"}, "replay.name: received 'hard'"),
     ],
 )
