@@ -93,6 +93,7 @@ KEYS = (
     Key("replay.name", "none", "rule that picks what is replayed, a file of ddpo_jax/replay; none = only this epoch"),
     Key("replay.k", 4, "images replayed per device and epoch, after the ordinary updates"),
     Key("replay.history", 3, "epochs a rollout stays in the buffer"),
+    Key("replay.updates", "one", "updates on what is replayed: one of all; ordinary = several of train.batch_size"),
     Key("reward.name", "jpeg_compressibility", "images to scores: a file of ddpo_jax/rewards"),
     Key("prompts.name", "auto",
         "a file of ddpo_jax/prompts, or package.module:function; auto = mini for the miniature, animals for SD"),

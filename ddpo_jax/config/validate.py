@@ -71,6 +71,7 @@ RULES: dict[str, Rule] = {
     "train.recompute_log_prob": _SWITCH,
     "replay.k": _at_least(1, "use 4, or replay.name=none for no replay"),
     "replay.history": _at_least(1, "use 3, or replay.name=none for no replay"),
+    "replay.updates": _one_of("one", "ordinary"),
     "prompts.samples_per_prompt": _BATCH,
     "mesh.data": (lambda value: value == -1 or value >= 1, "it must be -1 (all devices) or at least 1", "use -1"),
     "mesh.fsdp": _at_least(1),

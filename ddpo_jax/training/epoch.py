@@ -127,7 +127,8 @@ def optimise(
         state = train_on(state, samples, options.batch_size)
     replayed = parts.replay.retrieve(samples, epoch, rng)
     if replayed is not None:
-        state = train_on(state, replayed, parts.replay.count)
+        together = config.replay.updates == "one"
+        state = train_on(state, replayed, parts.replay.count if together else options.batch_size)
     parts.replay.add(samples, epoch)
     metrics = jax.device_get(log)
     if not all(np.isfinite(list(out.values())).all() for out in metrics):

@@ -250,6 +250,7 @@ def faults(num_devices=1, **overrides):
         (1, {"algorithm.name": "loop", "replay.k": 6}, None),  # its baseline is in the advantages already
         (1, {"algorithm.name": "grpo", "replay.k": 6}, None),
         (1, {"algorithm.name": "prdp", "replay.name": "none", "replay.k": 6}, None),
+        (1, {"replay.updates": "two"}, "replay.updates: received 'two'; it must be one of one, ordinary"),
         (1, {"algorithm.name": "reinforce"}, "replay.name: received 'hard'"),
     ],
 )
