@@ -49,7 +49,7 @@ def traits(config: ConfigDict) -> Traits:
 
 
 def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, config: ConfigDict) -> np.ndarray:
-    """Reward minus the rollout's mean [N], which ranks samples for replay; the loss has its own baseline, V."""
+    """Reward minus the rollout's mean [N], for the metrics. The baseline of the loss, and of replay, is V."""
     rewards = np.asarray(rewards, np.float64)
     return rewards - rewards.mean()
 

@@ -109,6 +109,15 @@ def test_replayed_images_are_trained_in_one_update_or_in_ordinary_ones(updates, 
     assert shapes == {k if updates == "one" else 2}  # one program for all epochs, however many are there
 
 
+def test_replay_ranks_by_the_advantage_that_the_loss_trains_on():
+    """DPOK's is r - V: 0.5, -7, 1, 5 by the values above, not the algorithm's 0.1, -3, 1, 2."""
+    for value, kept in ((True, [-7, 5, 1, 0.5]), (False, [-3, 2, 1, 0.1])):
+        run = Run(k=4, value=value)
+        run.epoch(0)
+        found = run.parts.replay.retrieve(samples(1), 1, np.random.default_rng(0))
+        np.testing.assert_allclose(found.advantages, kept, rtol=1e-6)
+
+
 def test_a_penalty_is_weighted_where_the_config_says_so():
     for weighted in (False, True):
         run = Run(replay="none", kl=weighted)
