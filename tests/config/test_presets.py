@@ -166,6 +166,15 @@ def test_a_sweep_resolves_is_sized_for_the_miniature_and_compares_like_with_like
         assert len(compare.matching(groups, plan.get("BASELINE", groups[0].label))) == 1
 
 
+def test_the_larger_rate_of_the_replay_sweep_is_that_of_one_more_update():
+    """20 images in updates of 4 are 5 updates, and replay is one more."""
+    plan = runpy.run_path(str(ROOT / "configs" / "sweeps" / "replay_rules.py"))
+    (run,) = [run for run in plan["runs"]() if (run["panel"], run["name"]) == ("aesthetic", "larger_learning_rate")]
+    plain = resolved("selective_timestep.py:model=mini,replay=hard", backend="cpu")
+    assert with_images(plain)["images"] // plain.train.batch_size == 5 and plain.replay.updates == "one"
+    assert run["train.learning_rate"] == pytest.approx(plain.train.learning_rate * 6 / 5)
+
+
 def test_the_iskl_sweep_compares_the_penalty_alone():
     """Gao et al. 2025, Algorithms 4 and 5: all else is the same, advantages and trained steps included."""
     plan = runpy.run_path(str(ROOT / "configs" / "sweeps" / "iskl.py"))
