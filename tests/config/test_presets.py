@@ -24,6 +24,7 @@ NUMBERS = {
         **{"images": 5 * 4, "train.batch_size": 4, "train.lora_rank": 4, "replay.k": 4, "replay.history": 3},
         **{"replay.name": "hard", "weighting.name": "latent_change_squared", "algorithm.name": "ddpo"},
         **{"train.adam_b1": 0.9, "train.adam_b2": 0.999, "prompts.name": "animals"},
+        **{"train.adv_clip_max": 5.0, "train.timestep_fraction": 1.0, "replay.updates": "one"},
     },
     "selective_timestep.py:algorithm=dpok,weighting=uniform,replay=none": {
         **{"algorithm.name": "dpok", "replay.name": "none", "weighting.name": "uniform", "train.learning_rate": 3e-5},
