@@ -12,7 +12,9 @@ size) runs the same experiment on the miniature, where whatever depends on the s
   paper gives, has a quarter of DDPO's (``prdp_rate``);
 - ``num_epochs``: 1500 reward queries;
 - ``algorithm.min_count``: 4, where there is one: a prompt is drawn some 30 times in a run, which is too few to wait for
-  the papers' 16 before its own statistics count;
+  the papers' 16 before its own statistics count. With over 100 000 prompts it stays at the papers' 16: each is drawn
+  once, 8 images of it do not reach 16, and DDPO falls back on the statistics of the whole batch, as on Stable
+  Diffusion;
 - ``timestep_fraction``: the miniature's own 3 of 10 steps, drawn in proportion to the weighting, so the gradient stays
   unbiased at a third of its cost; all steps where the loss couples them;
 - one device, so that a result does not depend on the machine's cores; a sweep runs several at once (--parallel);
@@ -35,7 +37,7 @@ from ddpo_jax.config.model import is_miniature
 
 QUERIES = 1500  # reward queries of a run on the miniature
 LEARNING_RATE, AT_IMAGES = 1e-4, 64
-MIN_COUNT = 4
+MIN_COUNT, MIN_COUNT_ON_MANY = 4, 16  # rewards of a prompt before its own statistics count: of few and of many prompts
 SAVES = 5
 
 
@@ -54,11 +56,17 @@ def split(arg: str) -> tuple[str, str, str]:
     return ",".join(model), ",".join(members), ",".join(rest)
 
 
-def choose_members(config: ConfigDict, members: str) -> None:
-    """Applies the members of an argument and this module's rule for their options, in place."""
+def choose_members(config: ConfigDict, members: str, min_count: int = MIN_COUNT) -> None:
+    """Applies the members of an argument and this module's rule for their options, in place.
+
+    Args:
+      config: of the preset; changed in place.
+      members: the part of the argument that names members.
+      min_count: of the algorithm on the miniature.
+    """
     with_choices(config, members)
     if is_miniature(config.model) and "min_count" in config.algorithm:
-        config.algorithm.min_count = MIN_COUNT
+        config.algorithm.min_count = min_count
 
 
 def learning_rate(images: int) -> float:

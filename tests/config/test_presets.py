@@ -4,12 +4,15 @@ import pathlib
 import re
 import runpy
 
+import numpy as np
 import pytest
 
+from ddpo_jax import find
 from ddpo_jax.config import keys, presets
 from ddpo_jax.config.file import load_file
 from ddpo_jax.config.override import override
 from ddpo_jax.config.ready import make_ready
+from ddpo_jax.ops.advantages import PromptStats
 from ddpo_jax.studies import compare
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -165,6 +168,18 @@ def test_a_sweep_resolves_is_sized_for_the_miniature_and_compares_like_with_like
         groups = compare.group([compare.Run(file, keys.flatten(config), []) for config in panel])
         assert len(groups) == len(panel)  # no two runs are the same but for the seed
         assert len(compare.matching(groups, plan.get("BASELINE", groups[0].label))) == 1
+
+
+@pytest.mark.parametrize("preset", ["prdp_large.py:prompts.path=hpd.txt,", "prdp_large.py:model=mini,"])
+def test_on_many_prompts_ddpo_has_the_statistics_of_the_whole_batch(preset):
+    """Of a prompt that is drawn once there are 8 images, fewer than min_count, on either model."""
+    config = resolved(preset + "algorithm=ddpo", backend="cpu" if "mini" in preset else "gpu")
+    assert config.prompts.samples_per_prompt == 8 < config.algorithm.min_count == 16
+    rewards, ids = np.arange(16.0), np.repeat([3, 4], 8)
+    found = find.find("algorithms", "ddpo").advantages(rewards, ids, PromptStats(), config.algorithm)
+    np.testing.assert_allclose(found, (rewards - 7.5) / np.sqrt(255 / 12), rtol=1e-5)  # variance of 0 to 15
+    few = resolved("prdp.py:model=mini,algorithm=ddpo", backend="cpu")
+    assert few.prompts.samples_per_prompt == 16 > few.algorithm.min_count == 4
 
 
 def test_the_larger_rate_of_the_replay_sweep_is_that_of_one_more_update():
