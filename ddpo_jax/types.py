@@ -88,8 +88,8 @@ class Traits:
         hold the same step of every sample in the minibatch, all trained steps of it (no timestep_fraction < 1).
       on_policy: right only for samples of the current policy: an epoch is one update and replay is refused. Others
         correct for a policy that has moved (importance ratio) or are regressions that hold for any sampler.
-      group: the baseline or the loss compares samples of a prompt: 2 or more of each, kept together in replay and,
-        for a coupled loss, in a minibatch.
+      group: the baseline or the loss compares samples of a prompt: 2 or more of each, kept together in a minibatch. In
+        replay they are kept together only where the loss couples them: a baseline is in their advantages already.
       standardized: advantages are in standard deviations of the reward, so ``adv_clip_max`` applies to them.
       shared_noise: all samples of a prompt in a rollout start from the same initial noise.
       branching: a rollout shares the first steps of a prompt's samples; the module has ``interval`` and ``select``.
@@ -110,6 +110,11 @@ class Traits:
     refresh_every: int = 1
     value_updates: int = 0
     value_learning_rate: float = 0.0
+
+    @property
+    def whole_groups(self) -> bool:
+        """Whether the samples of a prompt must be replayed together: the loss itself compares them."""
+        return self.group and not self.separable
 
     @property
     def importance_ratio(self) -> bool:

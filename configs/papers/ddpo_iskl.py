@@ -30,6 +30,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sample.num_batches_per_epoch = 1
     config.train.batch_size = 8
     config.train.num_inner_epochs = 2  # Table 1: gradient updates per iteration
+    config.train.timestep_fraction = 1.0  # Algorithms 3 to 5: all steps; ISKL's penalty needs them
     config.train.learning_rate = 3e-4  # Table 1
     config.train.weight_decay = 1e-4
     config.train.adam_b1, config.train.adam_b2, config.train.adam_eps = 0.9, 0.999, 1e-8

@@ -8,13 +8,14 @@ miniature:  ...:model=mini (64 images, 4 prompts x 16)
 
 With the aesthetic reward (here; section 4.4, the only one whose beta the paper gives): 250 epochs, prompts are the bare
 names. With any other: 100 epochs, "A painting of a ...". The learning rate, the gradient updates per epoch and the clip
-are not in the paper's text: here they are those of Black et al. 2023, and 4 updates on all images.
+are not in the paper's text: here they are those of Black et al. 2023, and 4 updates on all images. For a reward without
+a beta in the paper it is 25 deviations of that reward, see ``algorithms/prdp.py``.
 """
 
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.config.presets import choose_members, learning_rate, on_miniature, split
+from ddpo_jax.config.presets import choose_members, learning_rate, on_miniature, prdp_beta, prdp_rate, split
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -41,15 +42,15 @@ def get_config(arg: str = "") -> ConfigDict:
 
     with_choices(config, model)
     mini = on_miniature(config, images=64, update=64)
-    if mini:
-        config.train.learning_rate = learning_rate(16)  # that of DDPO with 4 updates: both train at one rate
     choose_members(config, members)
     if config.prompts.name == "animals":
         config.prompts.template = "{animal}" if config.reward.name == "aesthetic" else "A painting of a {animal}"
     if config.reward.name == "aesthetic" and not mini:
         config.num_epochs = 250
+    if mini:  # DDPO makes 4 updates of 16 images
+        config.train.learning_rate = prdp_rate(16) if config.algorithm.name == "prdp" else learning_rate(16)
     if config.algorithm.name == "prdp":
-        config.algorithm.kl_coef = 10.0  # section 4.4: beta, with the aesthetic reward
+        prdp_beta(config)
     else:  # Black et al. 2023: 4 updates on a quarter of the images each
         config.train.num_inner_epochs = 1
         config.train.batch_size = config.sample.batch_size * config.sample.num_batches_per_epoch // 4

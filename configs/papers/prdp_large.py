@@ -12,7 +12,15 @@ same section is reward=weighted,reward.rewards='pickscore=10,hps=2,aesthetic=0.0
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
-from ddpo_jax.config.presets import choose_members, learning_rate, on_miniature, split
+from ddpo_jax.config.presets import (
+    MIN_COUNT_ON_MANY,
+    choose_members,
+    learning_rate,
+    on_miniature,
+    prdp_beta,
+    prdp_rate,
+    split,
+)
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -38,13 +46,15 @@ def get_config(arg: str = "") -> ConfigDict:
     choose(config, "prompts", "file")
 
     with_choices(config, model)
-    if on_miniature(config, images=64, update=64):
-        config.train.learning_rate = learning_rate(16)  # one rate for both, see prdp.py
+    mini = on_miniature(config, images=64, update=64)
+    if mini:
         choose(config, "reward", "mini_verifier")
         config.prompts.split = "large"
-    choose_members(config, members)
+    choose_members(config, members, min_count=MIN_COUNT_ON_MANY)
+    if mini:  # see prdp.py
+        config.train.learning_rate = prdp_rate(16) if config.algorithm.name == "prdp" else learning_rate(16)
     if config.algorithm.name == "prdp":
-        config.algorithm.kl_coef = 10.0
+        prdp_beta(config)
     else:
         config.train.num_inner_epochs = 1
         config.train.batch_size = config.sample.batch_size * config.sample.num_batches_per_epoch // 4

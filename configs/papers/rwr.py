@@ -6,14 +6,18 @@ sparse:     ...rwr.py:algorithm=rwr_sparse
 one round:  ...rwr.py:algorithm.refresh_every=0 (all samples from the pretrained model)
 miniature:  ...:model=mini (64 images in place of 256)
 
-Sampler, optimizer and images are those of ``ddpo.py``, with which Black et al. compare. For rewards other than the JPEG
-ones their weights are a softmax within a prompt: ``algorithm.softmax_over=prompt,prompts.samples_per_prompt=4``.
+Sampler, optimizer and images are those of ``ddpo.py``, with which Black et al. compare. Their weights are a softmax
+over all samples for the JPEG rewards, and within a prompt for others, which here takes 4 samples of a prompt. The
+miniature's rewards have another scale (JPEG sizes 0.1 kB apart): there the temperature is in deviations of the reward,
+1.5 of them, so that a tenth of the samples carries the weight, as many as sparse RWR keeps.
 """
 
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import choose, default_config, with_choices
 from ddpo_jax.config.presets import choose_members, on_miniature, split
+
+JPEG = ("jpeg_compressibility", "jpeg_incompressibility")
 
 
 def get_config(arg: str = "") -> ConfigDict:
@@ -38,11 +42,14 @@ def get_config(arg: str = "") -> ConfigDict:
     choose(config, "algorithm", "rwr")
 
     with_choices(config, model)
-    on_miniature(config, images=64, update=16)
+    mini = on_miniature(config, images=64, update=16)
     choose_members(config, members)
     if config.algorithm.name == "rwr":
-        config.algorithm.temperature = 0.2  # the public code's; the papers do not say
-        config.algorithm.softmax_over = "batch"  # of the JPEG rewards
+        config.algorithm.temperature = 1.5 if mini else 0.2  # the public code's; the papers do not say
+        config.algorithm.reward_unit = "deviation" if mini else "reward"
+        if config.reward.name not in JPEG:
+            config.algorithm.softmax_over = "prompt"
+            config.prompts.samples_per_prompt = 4
     if config.algorithm.name == "rwr_sparse":
         config.algorithm.threshold_by = "percentile"
         config.algorithm.threshold = 90.0

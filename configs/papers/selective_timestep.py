@@ -31,6 +31,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.adam_b1, config.train.adam_b2 = 0.9, 0.999
     config.train.max_grad_norm = 1.0
     config.train.lora_rank = 4  # section 5
+    config.train.adv_clip_max = 5.0  # not in the paper; in D3PO's public code, whose hyperparameters A.1 takes
     config.train.clip_range = 1e-4  # not in the paper; that of Black et al. 2023 and of D3PO (A.1)
     config.replay.k = 4  # Table 4: per GPU
     config.replay.history = 3  # Table 4

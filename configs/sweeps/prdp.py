@@ -3,7 +3,8 @@ prompt adherence where the reward is over-optimised.
 
 Source: Deng et al. 2024, Tables 1 and 2, section 4.4 and Fig. 8. Show: final rewards of both settings (small, large);
 prompt adherence by the miniature CLIP's score and verifier after training on the aesthetic reward for 2.5 times as long
-(250 epochs to 100 in the paper). Equal reward queries and learning rate.
+(250 epochs to 100 in the paper). Equal reward queries; each method at the rate of its
+preset.
 """
 
 BASELINE = "algorithm=ddpo"

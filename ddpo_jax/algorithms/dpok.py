@@ -49,18 +49,21 @@ def traits(config: ConfigDict) -> Traits:
 
 
 def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, config: ConfigDict) -> np.ndarray:
-    """Reward minus the rollout's mean [N], which ranks samples for replay; the loss has its own baseline, V."""
+    """Reward minus the rollout's mean [N], for the metrics. The baseline of the loss, and of replay, is V."""
     rewards = np.asarray(rewards, np.float64)
     return rewards - rewards.mean()
 
 
 def loss(terms: StepTerms, batch: Batch, config: ConfigDict) -> jax.Array:
-    """Policy loss [N, S]; V is a constant in it."""
+    """Policy gradient of a step [N, S]; V is a constant in it."""
     advantage = batch.rewards[:, None] - jax.lax.stop_gradient(terms.value)
     policy = surrogate.clipped if config.surrogate == "clip" else surrogate.clamped
-    penalty = terms.kl if config.kl_form == "gaussian" else terms.noise_mse
-    gain = policy(terms.log_prob, batch.old_log_prob, advantage, batch.clip_range)
-    return config.reward_weight * gain + config.kl_coef * penalty
+    return config.reward_weight * policy(terms.log_prob, batch.old_log_prob, advantage, batch.clip_range)
+
+
+def penalty(terms: StepTerms, batch: Batch, config: ConfigDict) -> jax.Array:
+    """What the distance to the pretrained model costs a step [N, S]."""
+    return config.kl_coef * (terms.kl if config.kl_form == "gaussian" else terms.noise_mse)
 
 
 def value_loss(terms: StepTerms, batch: Batch, config: ConfigDict) -> jax.Array:

@@ -72,6 +72,7 @@ RULES: dict[str, Rule] = {
     "replay.k": _at_least(1, "use 4, or replay.name=none for no replay"),
     "replay.history": _at_least(1, "use 3, or replay.name=none for no replay"),
     "reward.wait_s": _positive("600"),
+    "replay.updates": _one_of("one", "ordinary"),
     "prompts.samples_per_prompt": _BATCH,
     "mesh.data": (lambda value: value == -1 or value >= 1, "it must be -1 (all devices) or at least 1", "use -1"),
     "mesh.fsdp": _at_least(1),
@@ -219,7 +220,7 @@ def _replay(config: ConfigDict, members: Members, traits: Traits, num_devices: i
             f"replay.k: received {k}; {wanted} are more than the {there} that replay {config.replay.name!r} chooses "
             f"from; use {max(there // num_devices, 1)} or fewer"
         )
-    if traits.group and k * num_devices % group:
+    if traits.whole_groups and k * num_devices % group:
         unit = group // math.gcd(group, num_devices)
         yield (
             f"replay.k: received {k}; algorithm {config.algorithm.name!r} needs whole groups of "

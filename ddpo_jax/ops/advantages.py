@@ -52,6 +52,13 @@ def group_zscore(rewards: Rewards, prompt_ids: PromptIds, eps: float = 1e-6) -> 
     return (np.asarray(rewards, np.float64) - mean) / (std + eps)
 
 
+def deviation(rewards: Rewards, prompt_ids: PromptIds | None = None) -> float:
+    """Standard deviation of the rewards, or with prompt ids that of what is left of them after their prompt's mean."""
+    rewards = np.asarray(rewards, np.float64)
+    mean = rewards.mean() if prompt_ids is None else group_statistics(rewards, prompt_ids)[0]
+    return float(np.sqrt(np.square(rewards - mean).mean()))
+
+
 def leave_one_out(rewards: Rewards, prompt_ids: PromptIds) -> np.ndarray:
     """``r_i - mean_{j != i} r_j`` over the K samples of a prompt, which equals ``(r_i - mean) K / (K - 1)``.
 

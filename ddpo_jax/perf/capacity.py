@@ -270,6 +270,7 @@ def minibatch_shapes(config: ConfigDict, latent_shape: tuple[int, int, int], con
         prompt_ids=_int(n),
         steps=_int(n, steps),
         step_weight=_float(n, steps),
+        penalty_weight=_float(n, steps),
         mask=_float(n, steps),
         seeds=_int(n),
     )

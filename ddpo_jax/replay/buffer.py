@@ -1,8 +1,8 @@
 """The replay buffer: scored trajectories of the last epochs on the host, and the choice of which to train on again.
 
 Source: "Selective Timestep Weighting" (anonymous), section 4.3 and Algorithm 1. After an epoch's own updates the best k
-trajectories per device come back with the advantages and log-probabilities they were sampled with. Then the epoch
-enters the buffer and what is too old leaves it.
+trajectories per device come back, or as many as there are, with the advantages and log-probabilities they were sampled
+with. Then the epoch enters the buffer and what is too old leaves it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Buffer:
                 f"it must be one of {', '.join(SOURCES)}; add a line SOURCE = 'past' to the module"
             )
         self._rule, self._config, self._whole_groups = rule, config, whole_groups
-        self._count = config.k * num_devices
+        self.count = config.k * num_devices  # how many samples come back where there are as many
         self._epochs: list[tuple[int, ScoredSamples]] = []  # oldest first
 
     @property
@@ -65,7 +65,7 @@ class Buffer:
           rng: what rules that choose at random draw from.
 
         Returns:
-          The samples, or None where there are not that many (the first epoch).
+          The samples; all there are where these are fewer, and None where there is none (the first epoch).
 
         Raises:
           InputError: the rule's priorities are not N numbers, or the groups do not fit ``k``.
@@ -73,13 +73,13 @@ class Buffer:
         if self._source == "nothing":
             return None
         entries = self._epochs if self._source == "past" else [(epoch, current)]
-        if sum(len(entry) for _, entry in entries) < self._count:
+        if not sum(len(entry) for _, entry in entries):
             return None
         samples = _concatenate([entry for _, entry in entries])
         age = np.concatenate([np.full(len(entry), epoch - sampled) for sampled, entry in entries])
         priority = self._priority(samples, age, rng)
         chosen = self._groups(samples.group_ids, priority) if self._whole_groups else _descending(priority)
-        return samples[chosen[: self._count]] if len(chosen) >= self._count else None
+        return samples[chosen[: self.count]] if len(chosen) else None
 
     def add(self, current: ScoredSamples, epoch: int) -> None:
         """Takes in the samples of ``epoch`` and drops those that the next epoch finds older than ``history``."""
@@ -129,9 +129,9 @@ class Buffer:
     def _groups(self, group_ids: Int[np.ndarray, " N"], priority: Float[np.ndarray, " N"]) -> Int[np.ndarray, " M"]:
         """Indices of the samples, group by group, in descending order of each group's best priority."""
         _, group, sizes = np.unique(group_ids, return_inverse=True, return_counts=True)
-        if (sizes != sizes[0]).any() or self._count % sizes[0]:
+        if (sizes != sizes[0]).any() or self.count % sizes[0]:
             raise InputError(
-                f"replay.k: received {self._config.k}, {self._count} samples over all devices; it must come out in "
+                f"replay.k: received {self._config.k}, {self.count} samples over all devices; it must come out in "
                 f"whole groups of {sizes.max()} samples of a prompt; use a multiple of {sizes.max()}"
             )
         best = np.full(len(sizes), -np.inf)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 
 from ddpo_jax.ops import steps
 from ddpo_jax.training.learner import Minibatch
@@ -31,6 +31,7 @@ def minibatches(
     *,
     timestep_fraction: float = 1.0,
     step_sampling: str = "uniform",
+    weigh_penalty: bool = False,
 ) -> Iterator[Minibatch]:
     """One pass over the samples in random order, ``batch_size`` at a time; the last one is filled with masked samples.
 
@@ -40,8 +41,11 @@ def minibatches(
       batch_size: samples of one update.
       trained: the steps that have a density.
       traits: of the algorithm. A coupled loss gets all steps, in the same order for every sample.
-      timestep_fraction: the part of the steps that is trained, drawn for each sample on its own.
-      step_sampling: "uniform", or "importance": proportional to the timestep weights, which then are not applied.
+      timestep_fraction: the part of the steps that is trained, drawn for each sample on its own; with 1 every step is
+        trained once, with its weight.
+      step_sampling: how a part is drawn: "uniform", or "importance": with probabilities that follow the timestep
+        weights, whose place in the loss a correction then takes.
+      weigh_penalty: whether the weights multiply an algorithm's penalty as well.
     """
     count = max(1, round(timestep_fraction * int(trained.sum())))
     rows = order(rng, samples.group_ids, traits.group)
@@ -53,23 +57,24 @@ def minibatches(
         strict=True,
     ):
         chosen = samples[chunk]
-        importance = step_sampling == "importance" and traits.separable
+        correction = None
         if not traits.separable:
             columns = np.tile(np.flatnonzero(trained).astype(np.int32), (batch_size, 1))
-        elif importance:
-            columns = steps.importance_subset(rng, chosen.weights * trained, count)
+        elif step_sampling == "importance":
+            columns, correction = steps.importance_subset(rng, chosen.weights, chosen.mask > 0, trained, count)
         else:
             columns = steps.uniform_subset(rng, batch_size, trained, count)
         chosen = dataclasses.replace(chosen, mask=chosen.mask * mask[:, None])
-        yield minibatch(rng, chosen, columns, weighted=not importance, by_group=not traits.separable)
+        yield minibatch(rng, chosen, columns, correction, weigh_penalty=weigh_penalty, by_group=not traits.separable)
 
 
 def minibatch(
     rng: np.random.Generator,
     samples: ScoredSamples,
     columns: Int[np.ndarray, "N S"],
+    correction: Float[np.ndarray, "N S"] | None = None,
     *,
-    weighted: bool = True,
+    weigh_penalty: bool = False,
     by_group: bool = False,
 ) -> Minibatch:
     """The samples as one minibatch that trains the steps ``columns`` of each.
@@ -78,12 +83,14 @@ def minibatch(
       rng: of the random timesteps and noise of ``denoise_mse``.
       samples: N of them.
       columns: steps.
-      weighted: apply the timestep weights.
+      correction: of steps that were not all equally likely; multiplies their weights.
+      weigh_penalty: whether the weights multiply an algorithm's penalty as well.
       by_group: two draws of the same prompt count as two prompts (they do not share their noise).
     """
     n = len(samples)
     _, dense = np.unique(samples.group_ids if by_group else samples.prompt_ids, return_inverse=True)  # 32-bit
     weights = np.take_along_axis(samples.weights, columns, axis=1)
+    correction = np.ones_like(weights) if correction is None else correction
     return Minibatch(
         latents=samples.latents,
         context=samples.context,
@@ -92,7 +99,8 @@ def minibatch(
         rewards=samples.rewards,
         prompt_ids=dense.astype(np.int32),
         steps=columns,
-        step_weight=weights if weighted else np.ones_like(weights),
+        step_weight=weights * correction,
+        penalty_weight=weights * correction if weigh_penalty else correction,
         mask=np.take_along_axis(samples.mask, columns, axis=1),
         seeds=rng.integers(2**31, size=n, dtype=np.int32),
     )

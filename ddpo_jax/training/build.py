@@ -143,7 +143,7 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
         logging.info("steps %s have no noise, hence no density: they are sampled but not trained", untrained.tolist())
     learner = Learner(
         policy,
-        Objective(traits, functools.partial(algorithm.loss, config=config.algorithm), config.train.clip_range),
+        objective(algorithm, traits, config),
         make_optimizer(config.train),
         mesh,
         config.train.microbatch_size,
@@ -169,7 +169,7 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
         shared_noise=traits.shared_noise,
     )
     collector = Collector(sampler, prompt_fn, runner, plan)
-    replay = Buffer(members.replay, config.replay, whole_groups=traits.group, num_devices=mesh.size)
+    replay = Buffer(members.replay, config.replay, whole_groups=traits.whole_groups, num_devices=mesh.size)
     needs_reference = bool(traits.terms & {"ref_log_prob", "kl", "noise_mse"})
     model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh)
     evaluation = None
@@ -205,6 +205,17 @@ def make_sampler(model: Model, config: ConfigDict, mesh: Mesh, weighting: Weight
         uncond = jax.ShapeDtypeStruct(uncond.shape, uncond.dtype)
     frozen, uncond = sharding.put_params(model.frozen, mesh), sharding.replicate(uncond, mesh)
     return ImageSampler(policy, frozen, uncond, pipe, mesh, weighting)
+
+
+def objective(algorithm: types.ModuleType, traits: Traits, config: ConfigDict) -> Objective:
+    """The algorithm as the learner sees it, with its options filled in."""
+    loss, penalty = algorithm.loss, getattr(algorithm, "penalty", None)
+    return Objective(
+        traits,
+        functools.partial(loss, config=config.algorithm),
+        config.train.clip_range,
+        None if penalty is None else functools.partial(penalty, config=config.algorithm),
+    )
 
 
 def describe(parts: Parts, config: ConfigDict) -> str:

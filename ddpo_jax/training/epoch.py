@@ -21,6 +21,7 @@ from ddpo_jax.rollout.collector import Rollout
 from ddpo_jax.training import batching
 from ddpo_jax.training.build import Parts
 from ddpo_jax.training.learner import Minibatch, TrainState, ValuedMinibatch
+from ddpo_jax.training.value import ValueLearner
 from ddpo_jax.types import Params, ScoredSamples, Traits
 
 
@@ -114,6 +115,7 @@ def optimise(
             parts.traits,
             timestep_fraction=options.timestep_fraction,
             step_sampling=options.step_sampling,
+            weigh_penalty=config.weighting.kl,
         ):
             pairs += int(np.count_nonzero(batch.mask))
             batch = sharding.put_batch(batch, parts.mesh)
@@ -131,7 +133,11 @@ def optimise(
         state = train_on(state, samples, options.batch_size)
     replayed = parts.replay.retrieve(samples, epoch, rng)
     if replayed is not None:
-        state = train_on(state, replayed, len(replayed))
+        together = config.replay.updates == "one"
+        state = train_on(state, replayed, parts.replay.count if together else options.batch_size)
+    if parts.value is not None:
+        advantages = value_advantages(parts.value, parts, state, samples, options.batch_size)
+        samples = dataclasses.replace(samples, advantages=advantages)
     parts.replay.add(samples, epoch)
     metrics = jax.device_get(log)
     if not all(np.isfinite(list(out.values())).all() for out in metrics):
@@ -167,6 +173,22 @@ def fit_value(parts: Parts, state: TrainState, batch: Minibatch) -> tuple[TrainS
         value, metrics = parts.value.update(value, batch)
     valued = ValuedMinibatch(**vars(batch), values=parts.value.predict(value, batch))
     return dataclasses.replace(state, value=value), valued, metrics
+
+
+def value_advantages(
+    value: ValueLearner, parts: Parts, state: TrainState, samples: ScoredSamples, batch_size: int
+) -> np.ndarray:
+    """The advantages [N] that the loss trains on where a learned value is its baseline, by which replay ranks samples.
+
+    They are the reward minus the value, as a mean over the trained steps.
+    """
+    columns = np.flatnonzero(parts.trained_steps).astype(np.int32)
+    values = []
+    for start in range(0, len(samples), batch_size):
+        chunk = samples[start : start + batch_size]
+        batch = batching.minibatch(np.random.default_rng(0), chunk, np.tile(columns, (len(chunk), 1)))
+        values.append(jax.device_get(value.predict(state.value, sharding.put_batch(batch, parts.mesh))).mean(axis=1))
+    return samples.rewards - np.concatenate(values)
 
 
 def recompute(

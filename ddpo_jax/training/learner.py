@@ -8,6 +8,7 @@ extra forward pass first. Memory holds one microbatch of one step, whatever T is
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +29,7 @@ from ddpo_jax.ops.running import Max, Mean
 from ddpo_jax.types import AnyArray, Batch, Params, StepTerms, Traits
 
 Stats = dict[str, Any]  # Mean or Max by name
+Parts = list[tuple[Callable[[StepTerms, Batch], Array], AnyArray]]  # of a loss, each with its weights [N, S]
 
 
 @struct.dataclass
@@ -54,6 +56,7 @@ class Minibatch:
     prompt_ids: Int[AnyArray, " N"]
     steps: Int[AnyArray, "N S"]  # the trained steps of each sample
     step_weight: Float[AnyArray, "N S"]  # timestep weight of each, mean 1 over a trajectory
+    penalty_weight: Float[AnyArray, "N S"]  # the same for an algorithm's penalty, which weights may leave alone
     mask: Float[AnyArray, "N S"]  # 0 where a pair is padding
     seeds: Int[AnyArray, " N"]  # of the random timesteps and noise of denoise_mse
 
@@ -72,6 +75,7 @@ class Objective:
     traits: Traits
     loss: Callable[[StepTerms, Batch], Array]
     clip_range: float
+    penalty: Callable[[StepTerms, Batch], Array] | None = None  # a part of the loss with weights of its own
 
 
 def algorithm_batch(batch: Minibatch, clip_range: float) -> Batch:
@@ -174,35 +178,44 @@ class Learner:
     ) -> tuple[Params, dict[str, Array]]:
         """On one device: the gradient of the whole minibatch's loss (summed over devices) and its metrics."""
         traits = self._objective.traits
-        weight = batch.step_weight
+        parts: Parts = [(self._objective.loss, batch.step_weight)]
+        if self._objective.penalty is not None:
+            parts.append((self._objective.penalty, batch.penalty_weight))
         pairs = jnp.maximum(jax.lax.psum(batch.mask.sum(), sharding.BATCH_AXES), 1)
         data = algorithm_batch(batch, self._objective.clip_range)
 
         def terms_of(params: Params, rows: Array, column: Array) -> StepTerms:
             return self._terms(params, reference, frozen, uncond, batch, rows, column)
 
-        def separable(params: Params, rows: Array, column: Array) -> tuple[Array, StepTerms]:
-            terms = terms_of(params, rows, column)
-            picked = jax.tree.map(lambda x: x[rows, column][:, None] if x.ndim == 2 else x[rows], data)
-            losses = masked.fill(self._objective.loss(terms, picked), picked.mask)
-            return (losses * picked.mask * weight[rows, column][:, None]).sum() / pairs, terms
-
-        def coupled(coefficients: StepTerms, params: Params, rows: Array, column: Array) -> tuple[Array, StepTerms]:
-            terms = terms_of(params, rows, column)
-            scale = weight[rows, column][:, None]
-            products = jax.tree.map(lambda c, x: c[rows, column][:, None] * scale * x, coefficients, terms)
-            return sum((x.sum() for x in jax.tree.leaves(products)), jnp.zeros(())), terms
-
-        surrogate = separable
+        coefficients: StepTerms | None = None  # dL/dterms of all pairs, where the loss couples them
         if not traits.separable:
             everything = _map_pairs(partial(terms_of, params), batch, self._microbatch)
-            loss, coefficients = self._coefficients(everything, data)
-            surrogate = partial(coupled, coefficients)
+            loss, coefficients = self._coefficients(everything, data, parts)
+
+        def weighted(terms: StepTerms, rows: Array, column: Array) -> Array:
+            """What a microbatch adds to a separable loss."""
+            picked = jax.tree.map(lambda x: x[rows, column][:, None] if x.ndim == 2 else x[rows], data)
+            losses = sum(masked.fill(part(terms, picked), picked.mask) * w[rows, column][:, None] for part, w in parts)
+            return (losses * picked.mask).sum() / pairs
+
+        def slopes(terms: StepTerms, rows: Array, column: Array) -> StepTerms:
+            """The derivative of the loss by every term of a microbatch."""
+            if coefficients is None:
+                return jax.grad(weighted)(terms, rows, column)
+            return jax.tree.map(lambda c: c[rows, column][:, None], coefficients)
+
+        def surrogate(params: Params, rows: Array, column: Array) -> tuple[Array, StepTerms]:
+            """A scalar whose gradient is this microbatch's part of the loss's, and the terms."""
+            terms = terms_of(params, rows, column)
+            if coefficients is None:
+                return weighted(terms, rows, column), terms
+            products = jax.tree.map(jnp.multiply, slopes(terms, rows, column), terms)
+            return sum((x.sum() for x in jax.tree.leaves(products)), jnp.zeros(())), terms
 
         def accumulate(carry: tuple[Params, Array, Stats], index: tuple[Array, Array]) -> tuple[Any, None]:
             grads, total, stats = carry
             (part, terms), grad = jax.value_and_grad(surrogate, has_aux=True)(params, *index)
-            new = _statistics(terms, data, self._objective.clip_range, *index)
+            new = _statistics(terms, slopes(terms, *index), data, self._objective.clip_range, *index)
             stats = {name: value.merge(new[name]) for name, value in stats.items()}
             return (jax.tree.map(jnp.add, grads, grad), total + part, stats), None
 
@@ -214,14 +227,22 @@ class Learner:
         out["loss"] = jax.lax.psum(total, sharding.BATCH_AXES) if traits.separable else loss
         return sharding.scatter_grads(grads, sharding.param_specs(params, self._mesh)), out
 
-    def _coefficients(self, terms: StepTerms, data: Batch) -> tuple[Array, StepTerms]:
-        """Loss and dL/dterms [n, S] of this device's samples, for a loss that needs the terms of all samples."""
+    def _coefficients(self, terms: StepTerms, data: Batch, parts: Parts) -> tuple[Array, StepTerms]:
+        """Loss and dL/dterms [n, S] of this device's samples, for a loss that needs the terms of all samples.
+
+        The weights multiply the derivatives: what couples the steps is the loss as its paper has it.
+        """
         axes = sharding.BATCH_AXES
         everyone = partial(jax.lax.all_gather, axis_name=axes, tiled=True)
         all_terms, all_data = jax.tree.map(everyone, terms), jax.tree.map(everyone, data)
-        loss, coefficients = jax.value_and_grad(lambda t: self._objective.loss(t, all_data).mean())(all_terms)
         start = jax.lax.axis_index(axes) * data.mask.shape[0]
-        return loss, jax.tree.map(lambda c: jax.lax.dynamic_slice_in_dim(c, start, data.mask.shape[0]), coefficients)
+
+        def own(part: Callable[[StepTerms, Batch], Array], weight: AnyArray) -> tuple[Array, StepTerms]:
+            value, slopes = jax.value_and_grad(lambda t: part(t, all_data).mean())(all_terms)
+            mine = jax.tree.map(lambda c: jax.lax.dynamic_slice_in_dim(c, start, data.mask.shape[0]), slopes)
+            return value, jax.tree.map(lambda c: c * weight, mine)
+
+        return functools.reduce(partial(jax.tree.map, jnp.add), [own(*part) for part in parts])
 
     def _terms(
         self,
@@ -254,7 +275,7 @@ class Learner:
                 if "noise_mse" in wanted:
                     out["noise_mse"] = jnp.mean((output - ref_output) ** 2, axis=(1, 2, 3))
         if "denoise_mse" in wanted:
-            out["denoise_mse"] = self._denoise_mse(params, frozen, batch, rows, column, context, uncond)
+            out["denoise_mse"] = self._denoise_mse(params, frozen, batch, rows, column, steps, context, uncond)
         if "value" in wanted and isinstance(batch, ValuedMinibatch):
             out["value"] = batch.values[rows, column]
         return StepTerms(**{name: value[:, None] for name, value in out.items()})
@@ -266,18 +287,26 @@ class Learner:
         batch: Minibatch,
         rows: Array,
         column: Array,
+        steps: Array,
         context: Array,
         uncond: Array,
     ) -> Float[Array, " M"]:
-        """The denoising loss of the final latents at a random training timestep (Black et al. 2023, Eq. 1)."""
-        transition, clean = self._policy.transition, batch.latents[rows, -1]
+        """The denoising loss of the final latents at a random training timestep (Black et al. 2023, Eq. 1).
 
-        def draw(seed: Array) -> tuple[Array, Array]:
+        The trained steps share the training timesteps equally, the first of them the noisiest; a step draws from its
+        share. All steps together are the uniform distribution, and a timestep weighting weighs noise levels.
+        """
+        transition, clean = self._policy.transition, batch.latents[rows, -1]
+        trained = jnp.cumsum(transition.trainable)  # how many up to and including each step
+        bounds = jnp.arange(len(trained) + 1) * transition.num_train_timesteps // trained[-1]  # from the least noisy
+
+        def draw(seed: Array, step: Array) -> tuple[Array, Array]:
             t_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), column))
-            t = jax.random.randint(t_key, (), 0, transition.num_train_timesteps)
+            place = trained[-1] - trained[step]
+            t = jax.random.randint(t_key, (), bounds[place], bounds[place + 1])
             return t, jax.random.normal(noise_key, clean.shape[1:])
 
-        timesteps, noise = jax.vmap(draw)(batch.seeds[rows])
+        timesteps, noise = jax.vmap(draw)(batch.seeds[rows], steps)
         noised, target = transition.add_noise(clean, noise, timesteps)
         output = self._policy.model_output(params, frozen, noised, timesteps, context, uncond)
         return jnp.mean((output - target) ** 2, axis=(1, 2, 3))
@@ -314,21 +343,34 @@ def _no_statistics(traits: Traits) -> Stats:
     means = [name for name in ("kl", "noise_mse", "denoise_mse") if name in traits.terms]
     if "log_prob" not in traits.terms:
         return {name: Mean.empty() for name in means}
-    return {name: Mean.empty() for name in [*means, "approx_kl", "clip_fraction"]} | {"ratio_deviation": Max.empty()}
+    means += ["approx_kl", "clip_fraction", "zero_gradient_fraction"]
+    return {name: Mean.empty() for name in means} | {"ratio_deviation": Max.empty()}
 
 
-def _statistics(terms: StepTerms, data: Batch, clip_range: float, rows: Array, column: Array) -> Stats:
-    """Of one microbatch: the extra terms, the k3 estimate of the KL to the rollout's policy (Schulman 2020,
-    "Approximating KL divergence"), the share of ratios outside the clip range, and the largest distance of a ratio
-    from 1."""
+def _statistics(
+    terms: StepTerms, slopes: StepTerms, data: Batch, clip_range: float, rows: Array, column: Array
+) -> Stats:
+    """What the metrics say of one microbatch.
+
+    These are the extra terms, the k3 estimate of the KL to the rollout's policy (Schulman 2020, "Approximating KL
+    divergence"), the share of ratios outside the clip range on either side, the share of pairs whose log_prob has no
+    gradient (PPO's clip takes it on one side only, where the policy has already moved as the advantage asks), and the
+    largest distance of a ratio from 1.
+
+    Args:
+      terms: of the microbatch, [M, 1] each.
+      slopes: the loss's derivative by each term.
+      data, clip_range, rows, column: which pairs they are of.
+    """
     mask = data.mask[rows, column]
     extra = {"kl": terms.kl, "noise_mse": terms.noise_mse, "denoise_mse": terms.denoise_mse}
     out: Stats = {name: Mean.of(value[:, 0], mask) for name, value in extra.items() if value is not None}
-    if terms.log_prob is None:
+    if terms.log_prob is None or slopes.log_prob is None:
         return out
     log_ratio = terms.log_prob[:, 0] - data.old_log_prob[rows, column]
     deviation = jnp.abs(jnp.expm1(log_ratio)) * mask
     out["approx_kl"] = Mean.of(jnp.expm1(log_ratio) - log_ratio, mask)
     out["clip_fraction"] = Mean.of((deviation > clip_range).astype(jnp.float32), mask)
+    out["zero_gradient_fraction"] = Mean.of((slopes.log_prob[:, 0] == 0).astype(jnp.float32), mask)
     out["ratio_deviation"] = Max.of(deviation)
     return out

@@ -75,9 +75,15 @@ def make_data(seed: int = 0, spread: float = 0.3, dtype: str = "float64") -> Sim
     return data
 
 
-def reduce(module, config, terms: StepTerms, batch: Batch) -> jax.Array:
-    """The learner's reduction of an unreduced loss."""
+def whole_loss(module, config, terms: StepTerms, batch: Batch) -> jax.Array:
+    """The unreduced loss, with the penalty where the algorithm has one."""
     loss = module.loss(terms, batch, config)
+    return loss + module.penalty(terms, batch, config) if hasattr(module, "penalty") else loss
+
+
+def reduce(module, config, terms: StepTerms, batch: Batch) -> jax.Array:
+    """The learner's reduction of an unreduced loss, with weights of 1."""
+    loss = whole_loss(module, config, terms, batch)
     if module.traits(config).separable:
         return (loss * batch.mask).sum() / batch.mask.sum()
     return loss.mean()
@@ -133,6 +139,7 @@ def toy() -> SimpleNamespace:
             terms=all_terms,
             pair_terms=pair_terms,
             reduce=reduce,
+            whole_loss=whole_loss,
             two_pass=two_pass,
             only=only,
             variants=variants,

@@ -33,14 +33,15 @@ def test_loss_shape_dtype_and_finiteness(name, toy):
         used = module.traits(config)
         for dtype in ("float32", "float64"):
             data = toy.data(dtype=dtype)
-            out = module.loss(toy.only(used.terms, data.terms), data.batch, config)
-            assert out.dtype == dtype
             n, s = data.batch.mask.shape
-            if used.separable:
-                assert out.shape == (n, s)
-            else:  # one entry per sample, pair of samples, or pair and step: what the learner's plain mean reduces
-                assert out.ndim >= 1 and set(out.shape) <= {n, n // 2, s}, out.shape
-            assert np.isfinite(out).all()
+            for part in [getattr(module, name) for name in ("loss", "penalty") if hasattr(module, name)]:
+                out = part(toy.only(used.terms, data.terms), data.batch, config)
+                assert out.dtype == dtype
+                if used.separable:
+                    assert out.shape == (n, s)
+                else:  # one entry per sample, pair of samples, or pair and step: what the learner's plain mean reduces
+                    assert out.ndim >= 1 and set(out.shape) <= {n, n // 2, s}, out.shape
+                assert np.isfinite(out).all()
             if used.value_updates:
                 value = module.value_loss(toy.only(used.terms, data.terms), data.batch, config)
                 assert value.shape == data.batch.mask.shape and value.dtype == dtype
@@ -85,13 +86,13 @@ def test_separable_losses_do_not_depend_on_the_microbatch(name, toy):
     for config in toy.variants(module):
         if not module.traits(config).separable:
             continue
-        whole = module.loss(data.terms, data.batch, config)
+        whole = toy.whole_loss(module, config, data.terms, data.batch)
         for row, column in ((0, 0), (3, 2), (5, 3)):
             picked = jax.tree.map(
                 lambda x, r=row, c=column: x[r : r + 1, c : c + 1] if x.ndim == 2 else x[r : r + 1],
                 (data.terms, data.batch),
             )
-            np.testing.assert_array_equal(module.loss(*picked, config)[0, 0], whole[row, column])
+            np.testing.assert_array_equal(toy.whole_loss(module, config, *picked)[0, 0], whole[row, column])
 
 
 def test_masked_pairs_have_no_gradient_and_no_influence(name, toy):
@@ -183,7 +184,7 @@ def _outcome(module, config, data, toy) -> list:
     """Everything an option can change."""
     used = module.traits(config)
     terms = toy.only(used.terms, data.terms)
-    functions = [module.loss] + ([module.value_loss] if used.value_updates else [])
+    functions = [getattr(module, part) for part in ("loss", "penalty", "value_loss") if hasattr(module, part)]
     out = [np.asarray(f(terms, data.batch, config)) for f in functions]
     rng, stats = np.random.default_rng(4), PromptStats()
     for _ in range(12):  # a prompt sees 60 rewards in 12 updates
@@ -249,14 +250,14 @@ def test_unused_terms_are_not_read(name, toy):
     for config in toy.variants(module):
         used = module.traits(config).terms
         assert set(used) == {
-            term for term in used if _reads(module, config, toy.only(used - {term}, data.terms), data.batch)
+            term for term in used if _reads(module, config, toy.only(used - {term}, data.terms), data.batch, toy)
         }, "traits lists exactly the terms that the losses read"
 
 
-def _reads(module, config, terms: StepTerms, batch) -> bool:
+def _reads(module, config, terms: StepTerms, batch, toy) -> bool:
     """Whether a loss fails without the term that ``terms`` lacks."""
     try:
-        module.loss(terms, batch, config)
+        toy.whole_loss(module, config, terms, batch)
         return False
     except (TypeError, AttributeError, ValueError):
         return True

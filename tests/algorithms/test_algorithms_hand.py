@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from ddpo_jax.find import find
 from ddpo_jax.ops.advantages import PromptStats
@@ -22,7 +23,9 @@ def loss(name, terms, batch, **options):
     module = find("algorithms", name)
     config = module.default_config()
     config.update(options)
-    return np.asarray(module.loss(StepTerms(**{k: jnp.asarray(v) for k, v in terms.items()}), batch, config))
+    terms = StepTerms(**{k: jnp.asarray(v) for k, v in terms.items()})
+    parts = [getattr(module, part) for part in ("loss", "penalty") if hasattr(module, part)]
+    return np.asarray(sum(part(terms, batch, config) for part in parts))
 
 
 def make_batch(old=((0.0, 0.0), (0.0, 0.0)), adv=(1.0, -2.0), rewards=(3.0, 1.0), mask=None, **fields):
@@ -78,6 +81,11 @@ def test_dpok():
     # -1.05, -0.5 * 1.1; 2.1, 0; times 10; plus 0.5 * kl
     want = [[-10.5 + 0.05, -5.5 + 0.1], [21 + 0.15, 0.2]]
     np.testing.assert_allclose(loss("dpok", terms, make_batch(), kl_coef=0.5), want, rtol=1e-6)
+    # the penalty is a part of its own, which timestep weights leave alone
+    penalty = find("algorithms", "dpok").penalty(
+        StepTerms(kl=jnp.asarray([[0.1, 0.2]])), None, ConfigDict({"kl_form": "gaussian", "kl_coef": 0.5})
+    )
+    np.testing.assert_allclose(penalty, [[0.05, 0.1]], rtol=1e-6)
     # clamp differs where the ratio is below the range and A < 0: r 0.5 counts as 0.9, whatever the sign
     terms = {"log_prob": LOG_PROB, "value": [[2.0, 4.0], [3.0, 3.0]], "noise_mse": [[0.1, 0.2], [0.3, 0.4]]}
     out = loss("dpok", terms, make_batch(), kl_coef=0.5, kl_form="noise_mse", surrogate="clamp", reward_weight=1.0)
@@ -88,25 +96,36 @@ def test_dpok():
 
 
 def test_prdp():
-    # rhat by step: 0.3 0.1 | -0.2 0.4; sums 0.4, 0.2. Rewards 3 and 1 with beta 10: target 0.2. Zero loss.
+    # rhat by step: 0.3 0.1 | -0.2 0.4; sums 0.4, 0.2. Rewards 1 off the mean, beta 10: target 0.2. Zero loss.
     terms = {"log_prob": [[0.3, 0.1], [-0.2, 0.4]], "ref_log_prob": np.zeros((2, 2))}
+
+    def mean_loss(old, num_dims=1, **options):
+        batch = make_batch(old, adv=(1.0, -1.0), num_dims=num_dims)
+        return loss("prdp", terms, batch, **({"kl_coef": 10.0} | options)).mean()
+
     old = np.array([[0.3, 0.1], [-0.2, 0.4]])
-    np.testing.assert_allclose(loss("prdp", terms, make_batch(old)).mean(), 0, atol=1e-12)
+    np.testing.assert_allclose(mean_loss(old), 0, atol=1e-12)
     # beta 1: (0.2 - 2)^2; one pair
-    np.testing.assert_allclose(loss("prdp", terms, make_batch(old), kl_coef=1.0).mean(), 3.24, rtol=1e-6)
+    np.testing.assert_allclose(mean_loss(old, kl_coef=1.0), 3.24, rtol=1e-6)
     # rhat_old 0.3 0.1 | 0 0.2, epsilon 0.1: the second is clipped to -0.1 + 0.3 = 0.2. The same sum, the same loss.
     # rhat_old 0.3 0.1 | 0 0.4: clipped to -0.1 + 0.4 = 0.3: difference 0.1 misses 0.2 by 0.1
-    np.testing.assert_allclose(loss("prdp", terms, make_batch([[0.3, 0.1], [0.0, 0.2]])).mean(), 0, atol=1e-12)
-    np.testing.assert_allclose(loss("prdp", terms, make_batch([[0.3, 0.1], [0.0, 0.4]])).mean(), 0.01, rtol=1e-5)
-    np.testing.assert_allclose(
-        loss("prdp", terms, make_batch([[0.3, 0.1], [0.0, 0.4]]), proximal=False).mean(), 0, atol=1e-12
-    )
+    np.testing.assert_allclose(mean_loss([[0.3, 0.1], [0.0, 0.2]]), 0, atol=1e-12)
+    np.testing.assert_allclose(mean_loss([[0.3, 0.1], [0.0, 0.4]]), 0.01, rtol=1e-5)
+    np.testing.assert_allclose(mean_loss([[0.3, 0.1], [0.0, 0.4]], proximal=False), 0, atol=1e-12)
+    # the number of dimensions does not matter to means
+    np.testing.assert_allclose(mean_loss([[0.3, 0.1], [0.0, 0.4]], num_dims=5), 0.01, rtol=1e-5)
     # with 5 dimensions the sums are 2 and 1, the difference misses 0.2 by 0.8; epsilon 0.5 against 5 * 0.2 = 1 moved:
     # clipped rhat_b = 5 * (0 - 0.1) + 5 * 0.4 = 1.5, difference 0.5, misses by 0.3: the larger is 0.64
-    out = loss("prdp", terms, make_batch([[0.3, 0.1], [0.0, 0.4]], num_dims=5))
-    np.testing.assert_allclose(out.mean(), 0.64, rtol=1e-5)
-    out = loss("prdp", terms, make_batch([[0.3, 0.1], [0.0, 0.4]], num_dims=5), log_prob_reduction="mean")
-    np.testing.assert_allclose(out.mean(), 0.01, rtol=1e-5)
+    summed = mean_loss([[0.3, 0.1], [0.0, 0.4]], num_dims=5, log_prob_reduction="sum")
+    np.testing.assert_allclose(summed, 0.64, rtol=1e-5)
+
+
+def test_prdp_targets_are_in_units_of_the_reward():
+    # off the prompts' means: -2 -1 3 | -5 5; the squares add up to 64, their mean over five is 12.8
+    units = np.array([-2, -1, 3, -5, 5]) / np.sqrt(12.8)
+    np.testing.assert_allclose(advantages("prdp"), units, rtol=1e-6)
+    np.testing.assert_allclose(advantages("prdp", reward_unit="reward"), units * np.sqrt(12.8), rtol=1e-12)
+    np.testing.assert_allclose(advantages("prdp", 1000 * REWARDS - 7), units, rtol=1e-6)  # of any scale
 
 
 def test_d3po():
@@ -133,16 +152,13 @@ def test_advantages():
         np.testing.assert_allclose(advantages(name), [-3, -1.5, 4.5, -10, 10])
     std = np.sqrt(14 / 3)
     np.testing.assert_allclose(advantages("grpo"), [-2 / std, -1 / std, 3 / std, -1, 1], rtol=1e-5)
-    for name in ("prdp", "d3po"):
-        np.testing.assert_allclose(advantages(name), [-2, -1, 3, -5, 5])
-    # batch: mean 7.8, variance (1 + 4 + 36 + 100 + 400) / 5 - 60.84 = 47.36
-    np.testing.assert_allclose(advantages("ddpo_iskl"), (REWARDS - 7.8) / np.sqrt(47.36), rtol=1e-5)
+    np.testing.assert_allclose(advantages("d3po"), [-2, -1, 3, -5, 5])
     np.testing.assert_allclose(advantages("dpok"), REWARDS - 7.8)
 
 
-@pytest.mark.parametrize("name", ["ddpo", "ddpo_sf"])
+@pytest.mark.parametrize("name", ["ddpo", "ddpo_sf", "ddpo_iskl"])
 def test_per_prompt_advantages(name):
-    # min_count 3: prompt 7 by itself, prompt 3 by the batch
+    # min_count 3: prompt 7 by itself, prompt 3 by the batch: mean 7.8, variance 541 / 5 - 60.84 = 47.36
     std = np.sqrt(14 / 3)
     want = [-2 / std, -1 / std, 3 / std, 2.2 / np.sqrt(47.36), 12.2 / np.sqrt(47.36)]
     np.testing.assert_allclose(advantages(name, min_count=3), want, rtol=1e-5)
@@ -161,9 +177,26 @@ def test_reinforce_bc_advantages():
 def test_rwr_weights():
     rewards, ids = np.log([1.0, 3.0, 1.0, 1.0]), np.array([0, 0, 1, 1])
     # temperature 2 squares: 1 9 1 1, sum 12, times 4; by prompt: (1, 9) / 10 * 2, (1, 1)
-    np.testing.assert_allclose(advantages("rwr", rewards, ids, temperature=2.0), np.array([1, 9, 1, 1]) / 3)
-    got = advantages("rwr", rewards, ids, temperature=2.0, softmax_over="prompt")
+    raw = {"temperature": 2.0, "reward_unit": "reward"}
+    np.testing.assert_allclose(advantages("rwr", rewards, ids, **raw), np.array([1, 9, 1, 1]) / 3)
+    got = advantages("rwr", rewards, ids, **raw, softmax_over="prompt")
     np.testing.assert_allclose(got, [0.2, 1.8, 1, 1])
+
+
+def test_rwr_weights_in_deviations():
+    # deviation of 0 4 2 2 is sqrt(2): exponents 0, 2 sqrt(2), sqrt(2), sqrt(2)
+    rewards, ids = np.array([0.0, 4.0, 2.0, 2.0]), np.array([5, 5, 9, 9])
+    powers = np.exp(np.sqrt(2) * np.array([0, 2, 1, 1]))
+    np.testing.assert_allclose(advantages("rwr", rewards, ids), 4 * powers / powers.sum(), rtol=1e-5)
+    # within prompts the samples are 2, 2, 0, 0 off their means: the deviation is sqrt(2) for both prompts
+    powers = np.exp(1.5 / np.sqrt(2) * np.array([0, 4]))
+    got = advantages("rwr", rewards, ids, softmax_over="prompt", temperature=1.5)
+    np.testing.assert_allclose(got, [*(2 * powers / powers.sum()), 1, 1], rtol=1e-5)
+    # of no consequence: the scale and the zero of the reward, and rewards that are all equal
+    for options in ({}, {"softmax_over": "prompt"}):
+        moved = advantages("rwr", 1000 * rewards - 7, ids, **options)
+        np.testing.assert_allclose(moved, advantages("rwr", rewards, ids, **options), rtol=1e-5)
+        np.testing.assert_array_equal(advantages("rwr", np.full(4, 0.3), ids, **options), 1)
 
 
 def test_rwr_sparse_weights():

@@ -104,7 +104,7 @@ def prdp(d, config):
         )
     total = 0.0
     for a, b in d.prompt_pairs():
-        target = (d.batch.rewards[a] - d.batch.rewards[b]) / config.kl_coef
+        target = (d.batch.advantages[a] - d.batch.advantages[b]) / config.kl_coef  # rewards off the prompt's mean
         first, second = (plain[a] - plain[b] - target) ** 2, (clipped[a] - clipped[b] - target) ** 2
         total += jnp.maximum(first, second) if config.proximal else first
     return total / len(d.prompt_pairs())

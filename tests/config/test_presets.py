@@ -4,12 +4,15 @@ import pathlib
 import re
 import runpy
 
+import numpy as np
 import pytest
 
+from ddpo_jax import find
 from ddpo_jax.config import keys, presets
 from ddpo_jax.config.file import load_file
 from ddpo_jax.config.override import override
 from ddpo_jax.config.ready import make_ready
+from ddpo_jax.ops.advantages import PromptStats
 from ddpo_jax.studies import compare
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -24,6 +27,7 @@ NUMBERS = {
         **{"images": 5 * 4, "train.batch_size": 4, "train.lora_rank": 4, "replay.k": 4, "replay.history": 3},
         **{"replay.name": "hard", "weighting.name": "latent_change_squared", "algorithm.name": "ddpo"},
         **{"train.adam_b1": 0.9, "train.adam_b2": 0.999, "prompts.name": "animals"},
+        **{"train.adv_clip_max": 5.0, "train.timestep_fraction": 1.0, "replay.updates": "one"},
     },
     "selective_timestep.py:algorithm=dpok,weighting=uniform,replay=none": {
         **{"algorithm.name": "dpok", "replay.name": "none", "weighting.name": "uniform", "train.learning_rate": 3e-5},
@@ -35,7 +39,11 @@ NUMBERS = {
         **{"train.learning_rate": 1e-5, "train.lora_rank": 0, "train.clip_range": 1e-4, "algorithm.name": "ddpo"},
     },
     "ddpo.py:algorithm=ddpo_sf": {"images": 256, "train.batch_size": 256, "train.learning_rate": 1e-5},
-    "rwr.py": {"images": 256, "algorithm.temperature": 0.2, "algorithm.softmax_over": "batch", "sample.num_steps": 50},
+    "rwr.py": {
+        **{"images": 256, "algorithm.temperature": 0.2, "algorithm.softmax_over": "batch", "sample.num_steps": 50},
+        **{"algorithm.reward_unit": "reward", "prompts.samples_per_prompt": 1},
+    },
+    "rwr.py:reward=aesthetic": {"algorithm.softmax_over": "prompt", "prompts.samples_per_prompt": 4, "images": 256},
     "rwr.py:algorithm=rwr_sparse": {"algorithm.threshold": 90.0, "algorithm.threshold_by": "percentile"},
     "loop.py": {
         **{"prompts.samples_per_prompt": 4, "train.batch_size": 8 * 4, "train.learning_rate": 1e-5},
@@ -49,9 +57,12 @@ NUMBERS = {
     "prdp.py": {  # Deng et al. 2024, section 4.4
         **{"model": "CompVis/stable-diffusion-v1-4", "num_epochs": 250, "images": 32 * 16, "sample.num_steps": 50},
         **{"prompts.samples_per_prompt": 16, "algorithm.kl_coef": 10.0, "prompts.template": "{animal}"},
-        **{"train.lora_rank": 0, "algorithm.log_prob_reduction": "sum"},
+        **{"train.lora_rank": 0, "algorithm.log_prob_reduction": "mean", "algorithm.reward_unit": "reward"},
     },
-    "prdp.py:reward=clip_score": {"num_epochs": 100, "images": 512, "prompts.template": "A painting of a {animal}"},
+    "prdp.py:reward=clip_score": {
+        **{"num_epochs": 100, "images": 512, "prompts.template": "A painting of a {animal}"},
+        **{"algorithm.kl_coef": 25.0, "algorithm.reward_unit": "deviation"},  # no beta in the paper
+    },
     "prdp.py:algorithm=ddpo": {"num_epochs": 250, "images": 512, "train.batch_size": 128, "train.num_inner_epochs": 1},
     "prdp.py:algorithm.refresh_every=0,algorithm.proximal=False": {"algorithm.refresh_every": 0},
     "prdp_large.py:prompts.path=hpd.txt": {
@@ -111,7 +122,7 @@ def test_a_preset_runs_on_the_miniature(name):
         ("selective_timestep.py:model=mini", 2.5e-5),
         ("ddpo.py:model=mini", 5e-5),
         ("ddpo.py:model=mini,algorithm=ddpo_sf", 5e-5),
-        ("prdp.py:model=mini", 5e-5),
+        ("prdp.py:model=mini", 1.25e-5),  # a quarter of DDPO's
         ("prdp.py:model=mini,algorithm=ddpo", 5e-5),
         ("ddpo_iskl.py:model=mini", 5e-5),
         ("loop.py:model=mini", 6.1237244e-5),
@@ -153,10 +164,44 @@ def test_a_sweep_resolves_is_sized_for_the_miniature_and_compares_like_with_like
         for key in ("sample.num_steps", "reward.name", "prompts.name", "sample.guidance_scale", "train.max_grad_norm"):
             assert len({c[key] for c in flat}) == 1
         rates = {c["train.learning_rate"] for c in flat}
-        assert len(rates) == 1 or file.stem in ("replay_rules", "iskl")  # which vary it on purpose
+        assert len(rates) == 1 or file.stem in ("replay_rules", "iskl", "prdp")  # which vary it on purpose
         groups = compare.group([compare.Run(file, keys.flatten(config), []) for config in panel])
         assert len(groups) == len(panel)  # no two runs are the same but for the seed
         assert len(compare.matching(groups, plan.get("BASELINE", groups[0].label))) == 1
+
+
+@pytest.mark.parametrize("preset", ["prdp_large.py:prompts.path=hpd.txt,", "prdp_large.py:model=mini,"])
+def test_on_many_prompts_ddpo_has_the_statistics_of_the_whole_batch(preset):
+    """Of a prompt that is drawn once there are 8 images, fewer than min_count, on either model."""
+    config = resolved(preset + "algorithm=ddpo", backend="cpu" if "mini" in preset else "gpu")
+    assert config.prompts.samples_per_prompt == 8 < config.algorithm.min_count == 16
+    rewards, ids = np.arange(16.0), np.repeat([3, 4], 8)
+    found = find.find("algorithms", "ddpo").advantages(rewards, ids, PromptStats(), config.algorithm)
+    np.testing.assert_allclose(found, (rewards - 7.5) / np.sqrt(255 / 12), rtol=1e-5)  # variance of 0 to 15
+    few = resolved("prdp.py:model=mini,algorithm=ddpo", backend="cpu")
+    assert few.prompts.samples_per_prompt == 16 > few.algorithm.min_count == 4
+
+
+def test_the_larger_rate_of_the_replay_sweep_is_that_of_one_more_update():
+    """20 images in updates of 4 are 5 updates, and replay is one more."""
+    plan = runpy.run_path(str(ROOT / "configs" / "sweeps" / "replay_rules.py"))
+    (run,) = [run for run in plan["runs"]() if (run["panel"], run["name"]) == ("aesthetic", "larger_learning_rate")]
+    plain = resolved("selective_timestep.py:model=mini,replay=hard", backend="cpu")
+    assert with_images(plain)["images"] // plain.train.batch_size == 5 and plain.replay.updates == "one"
+    assert run["train.learning_rate"] == pytest.approx(plain.train.learning_rate * 6 / 5)
+
+
+def test_the_iskl_sweep_compares_the_penalty_alone():
+    """Gao et al. 2025, Algorithms 4 and 5: all else is the same, advantages and trained steps included."""
+    plan = runpy.run_path(str(ROOT / "configs" / "sweeps" / "iskl.py"))
+    by_name = {run["name"]: run["config"] for run in plan["runs"]() if run["panel"] == "aesthetic"}
+    found = [
+        keys.flatten(resolved(by_name[name].removeprefix("../papers/"), backend="cpu"))
+        for name in ("ddpo", "ddpo_iskl")
+    ]
+    differ = {key for key in found[0].keys() | found[1].keys() if found[0].get(key) != found[1].get(key)}
+    assert differ == {"algorithm.name", "algorithm.kl_coef", "algorithm.log_prob_reduction"}
+    assert found[0]["train.timestep_fraction"] == 1.0 and found[0]["algorithm.min_count"] == 4
 
 
 def test_every_row_of_the_evidence_has_a_sweep():

@@ -27,6 +27,11 @@ def test_group_mean_and_zscore():
     np.testing.assert_array_equal(adv.group_zscore(np.array([4.0, 4.0]), np.array([1, 1])), [0, 0])
 
 
+def test_deviation():
+    np.testing.assert_allclose(adv.deviation(REWARDS), np.sqrt(47.36))  # mean 7.8: (1 + 4 + 36 + 100 + 400) / 5 - 60.84
+    np.testing.assert_allclose(adv.deviation(REWARDS, IDS), np.sqrt(12.8))  # (4 + 1 + 9 + 25 + 25) / 5
+
+
 def test_leave_one_out():
     # 1 - (2 + 6) / 2 = -3; 2 - (1 + 6) / 2 = -1.5; 6 - (1 + 2) / 2 = 4.5; 10 - 20; 20 - 10
     np.testing.assert_allclose(adv.leave_one_out(REWARDS, IDS), [-3, -1.5, 4.5, -10, 10])

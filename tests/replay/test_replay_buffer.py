@@ -89,10 +89,13 @@ def test_an_epoch_that_kept_nothing_still_ages_the_others():
     assert ours.retrieve(samples(2, [1.0]), 2, rng()) is None
 
 
-def test_k_is_per_device_and_fewer_are_not_retrieved():
+def test_k_is_per_device_and_fewer_come_back_all():
+    """Algorithm 1 of "Selective Timestep Weighting": if the buffer is not empty, retrieve the top k from it."""
     ours = buffer(k=2, num_devices=3)
+    assert ours.count == 6
+    assert ours.retrieve(samples(0, [1.0]), 0, rng()) is None
     ours.add(samples(0, np.arange(5.0)), 0)
-    assert ours.retrieve(samples(1, [1.0]), 1, rng()) is None
+    assert picked(ours.retrieve(samples(1, [1.0]), 1, rng())) == [(0, 4), (0, 3), (0, 2), (0, 1), (0, 0)]
     ours.add(samples(1, [0.5]), 1)
     assert picked(ours.retrieve(samples(2, [1.0]), 2, rng())) == [(0, 4), (0, 3), (0, 2), (0, 1), (1, 0), (0, 0)]
 
@@ -102,6 +105,12 @@ def test_whole_groups_come_by_their_best_member():
     ours.add(samples(0, [0.1, -0.2, 4.0, 0.0, 1.0, 1.5], per_group=2), 0)
     ours.add(samples(1, [-2.0, 0.3, 0.2, 0.2], per_group=2), 1)
     assert picked(ours.retrieve(samples(2, [0.0]), 2, rng())) == [(0, 2), (0, 3), (1, 0), (1, 1)]
+
+
+def test_fewer_whole_groups_than_k_come_back_all():
+    ours = buffer(k=6, whole_groups=True)
+    ours.add(samples(0, [0.1, -0.2, 4.0, 0.0], per_group=2), 0)
+    assert picked(ours.retrieve(samples(1, [0.0]), 1, rng())) == [(0, 2), (0, 3), (0, 0), (0, 1)]
 
 
 def test_whole_groups_that_do_not_fit_k_are_refused():
@@ -134,7 +143,7 @@ def test_current_epoch_draws_from_the_epoch_just_sampled_and_stores_nothing():
     assert drawn == {(0, i) for i in range(4)}  # at random, not by advantage; already in the first epoch
     ours.add(first, 0)
     assert len(ours) == ours.nbytes == 0
-    assert ours.retrieve(samples(1, [1.0]), 1, rng()) is None
+    assert picked(ours.retrieve(samples(1, [1.0]), 1, rng())) == [(1, 0)]  # all there is
 
 
 def test_none_retrieves_and_stores_nothing():
@@ -235,10 +244,13 @@ def faults(num_devices=1, **overrides):
         (1, {"replay.k": 49}, "replay.k: received 49; 49 images are more than the 48 that replay 'hard' chooses from"),
         (1, {"replay.name": "current_epoch", "replay.k": 17}, "17 images are more than the 16"),
         (8, {"replay.k": 7}, "7 x 8 devices = 56 images are more than the 48"),
-        (1, {"algorithm.name": "loop", "replay.k": 6}, "whole groups of prompts.samples_per_prompt=4 images"),
-        (2, {"algorithm.name": "loop", "replay.k": 6}, None),
+        (1, {"algorithm.name": "prdp", "replay.k": 6}, "whole groups of prompts.samples_per_prompt=4 images"),
+        (2, {"algorithm.name": "prdp", "replay.k": 6}, None),
         (1, {"algorithm.name": "ddpo", "replay.k": 6}, None),
-        (1, {"algorithm.name": "loop", "replay.name": "none", "replay.k": 6}, None),
+        (1, {"algorithm.name": "loop", "replay.k": 6}, None),  # its baseline is in the advantages already
+        (1, {"algorithm.name": "grpo", "replay.k": 6}, None),
+        (1, {"algorithm.name": "prdp", "replay.name": "none", "replay.k": 6}, None),
+        (1, {"replay.updates": "two"}, "replay.updates: received 'two'; it must be one of one, ordinary"),
         (1, {"algorithm.name": "reinforce"}, "replay.name: received 'hard'"),
     ],
 )

@@ -131,12 +131,48 @@ def test_importance_sampling_draws_steps_by_weight_and_does_not_weigh_them_again
     chosen = ScoredSamples(**{**vars(samples(n)), "weights": np.tile(weights, (n, 1))})
     found = batches(chosen=chosen, size=1000, timestep_fraction=0.5, step_sampling="importance")
     drawn = np.concatenate([batch.steps for batch in found])
-    assert drawn.shape == (n, 2) and all((batch.step_weight == 1).all() for batch in found)
+    assert drawn.shape == (n, 2) and (drawn[:, 0] != drawn[:, 1]).all()
+    for batch in found:  # the weight and the correction for the probability cancel
+        np.testing.assert_allclose(batch.step_weight, 1, rtol=1e-6)
     share = np.bincount(drawn.reshape(-1), minlength=T) / n
     np.testing.assert_allclose(share, 2 * weights / T, atol=0.03)
     # hence the plain mean of any g over the draws estimates the weighted mean over all steps
     g = np.array([3.0, -1.0, 0.5, 100.0])
     np.testing.assert_allclose(g[drawn].mean(), (weights * g).mean(), atol=0.03)
+
+
+def test_a_step_that_would_be_drawn_twice_is_drawn_once_with_its_weight():
+    """Weights 3.4 0.3 0.3 0 and two draws: 2 * 3.4 / 4 is above 1, so the first step is certain, and 0.3 of 0.6 is the
+    probability of each of the next two. Weight * 2 / (4 * probability): 1.7, 0.3, 0.3."""
+    n, weights = 2000, np.array([3.4, 0.3, 0.3, 0.0], np.float32)
+    chosen = ScoredSamples(**{**vars(samples(n)), "weights": np.tile(weights, (n, 1))})
+    found = batches(chosen=chosen, size=1000, timestep_fraction=0.5, step_sampling="importance")
+    drawn, weight = (np.concatenate([getattr(b, name) for b in found]) for name in ("steps", "step_weight"))
+    assert (drawn[:, 0] == 0).all() and set(drawn[:, 1]) == {1, 2}
+    np.testing.assert_allclose(weight, np.array([1.7, 0.3, 0.3])[drawn], rtol=1e-6)
+    np.testing.assert_allclose((drawn[:, 1] == 1).mean(), 0.5, atol=0.06)  # five standard errors
+    g = np.array([3.0, -1.0, 0.5, 100.0])
+    np.testing.assert_allclose((weight * g[drawn]).mean(), (weights * g).mean(), atol=0.02)
+
+
+@pytest.mark.parametrize("step_sampling", ["uniform", "importance"])
+def test_all_steps_are_trained_once_with_their_weight(step_sampling):
+    for batch in batches(timestep_fraction=1.0, step_sampling=step_sampling):
+        np.testing.assert_array_equal(np.sort(batch.steps, axis=1), np.tile(np.arange(T), (4, 1)))
+        np.testing.assert_array_equal(batch.step_weight, numbers(batch)[:, None] * 10 + batch.steps + 1)
+
+
+def test_a_penalty_has_the_weights_only_where_it_is_told_to():
+    """Without them its mean over the drawn steps is the plain mean over all: the correction alone stands there."""
+    weights = np.array([3.4, 0.3, 0.3, 0.0], np.float32)
+    chosen = ScoredSamples(**{**vars(samples(4)), "weights": np.tile(weights, (4, 1))})
+    (all_steps,) = batches(chosen=chosen, timestep_fraction=1.0)
+    np.testing.assert_array_equal(all_steps.penalty_weight, 1)
+    (some,) = batches(chosen=chosen, timestep_fraction=0.5, step_sampling="importance")
+    np.testing.assert_allclose(some.penalty_weight, np.array([0.5, 1, 1])[some.steps], rtol=1e-6)  # 2 / (4 p)
+    for options in ({"timestep_fraction": 1.0}, {"timestep_fraction": 0.5, "step_sampling": "importance"}):
+        (batch,) = batches(chosen=chosen, weigh_penalty=True, **options)
+        np.testing.assert_array_equal(batch.penalty_weight, batch.step_weight)
 
 
 def test_importance_sampling_does_not_apply_to_a_coupled_loss():

@@ -53,6 +53,7 @@ def minibatch(num_steps=T, trained=S):
         prompt_ids=np.repeat(np.arange(N // 2), 2).astype(np.int32),
         steps=steps,
         step_weight=rng.uniform(0.2, 2, (N, trained)).astype(np.float32),
+        penalty_weight=np.ones((N, trained), np.float32),
         mask=mask,
         seeds=rng.integers(2**31, size=N).astype(np.int32),
     )

@@ -51,6 +51,7 @@ def make_batch(n, seed=0, columns=T, masked=0):
         prompt_ids=prompt.astype(np.int32),
         steps=rng.permuted(np.tile(np.arange(T, dtype=np.int32), (n, 1)), axis=1)[:, :columns],
         step_weight=np.ones((n, columns), f32),
+        penalty_weight=np.ones((n, columns), f32),
         mask=mask,
         seeds=np.zeros(n, np.int32),
     )
