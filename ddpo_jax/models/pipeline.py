@@ -220,8 +220,7 @@ def load(
     configs = {name: read_json(file) for name, file in files.items()}
     unet_config = UNetConfig.from_dict(configs["unet"], str(files["unet"]))
     vae_config = VAEConfig.from_dict(configs["vae"], str(files["vae"]))
-    schema.check(str(files["text_encoder"]), configs["text_encoder"], schema.CLIP_TEXT)
-    text_config = CLIPTextConfig.from_dict(configs["text_encoder"])
+    text_config = _text_config(configs["text_encoder"], str(files["text_encoder"]))
     schema.check(str(files["scheduler"]), configs["scheduler"], schema.SCHEDULER)
     tokenizer = Tokenizer.from_folder(folder / "tokenizer")
 
@@ -340,6 +339,15 @@ def _check_index(index: Mapping[str, Any], path: Path) -> None:
         raise InputError(
             f"{path} {name}: received {schema.shown(entry)}; {rule}; use a Stable Diffusion 1.x or 2.x model"
         )
+
+
+def _text_config(raw: Mapping[str, Any], where: str) -> CLIPTextConfig:
+    schema.check(where, raw, schema.CLIP_TEXT)
+    try:
+        return CLIPTextConfig.from_dict(raw)
+    except InputError as error:  # which does not say where it is from
+        schema.refuse(where, str(error).splitlines())
+        raise
 
 
 def _equal(name: str, value: int, other: str, wanted: int) -> None:

@@ -247,6 +247,13 @@ def test_all_faults_of_a_file_are_told_at_once(folder):
     )
 
 
+def test_parts_of_the_text_encoder_that_do_not_go_together(folder):
+    change(folder / "text_encoder/config.json", hidden_size=18, num_attention_heads=4)
+    assert len(refused(folder, "text_encoder/config.json")) == 1
+    change(folder / "text_encoder/config.json", rotary_base=10_000)
+    assert len(refused(folder, "text_encoder/config.json")) == 1
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
