@@ -30,7 +30,7 @@ from ddpo_jax.models.pipeline import decode_slice
 from ddpo_jax.perf.liveness import paper_bytes
 from ddpo_jax.perf.random_model import Size, random_model
 from ddpo_jax.training.build import build
-from ddpo_jax.training.learner import Minibatch
+from ddpo_jax.training.learner import Minibatch, ValuedMinibatch
 
 # Dense bfloat16 operations per second and chip, from the makers' data sheets; the longest name that fits counts.
 PEAKS = {
@@ -221,6 +221,8 @@ def _programs(ready: Ready, size: Size, device: Any) -> tuple[dict[str, Callable
     key = jax.eval_shape(lambda: jax.random.key(0))
     sampled = _float(n, *context), key, _int(n), _int(n), _int()
     batch = minibatch_shapes(config, model.pipeline.latent_shape, context)
+    if parts.value is not None:
+        batch = ValuedMinibatch(**vars(batch), values=_float(*batch.steps.shape))
     slice_size = decode_slice(model.pipeline.latent_shape, size.vae.factor)
 
     def decode(vae: Any, latents: Any) -> Any:
