@@ -71,9 +71,10 @@ class DebertaConfig:
         missing = sorted(names - sizes.keys() - {"max_relative_positions", "pad_token_id"})
         if missing:
             raise InputError(f"{where}: {', '.join(missing)} is missing; it must be a config.json of DeBERTa")
-        if "max_relative_positions" not in sizes or sizes["max_relative_positions"] < 1:
-            sizes["max_relative_positions"] = values["max_position_embeddings"]
-        config = cls(**sizes)
+        reach = values.get("max_relative_positions", -1)
+        if reach < 1:  # then as far as a text is long
+            reach = values.get("max_position_embeddings", MAX_LENGTH)
+        config = cls(**sizes | {"max_relative_positions": reach})
         if config.hidden_size % config.num_attention_heads:
             raise InputError(
                 f"{where}: hidden_size = {config.hidden_size} must be a multiple of "

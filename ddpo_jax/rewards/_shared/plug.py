@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import time
 import urllib.error
 import urllib.request
@@ -40,6 +41,8 @@ def connect(source: str, key: str, answers: str, timeout_s: float) -> Callable[.
       InputError: it is neither, or there is no such function. What is returned raises ``RewardError`` where the model
         does not give one answer for each image, or the server none.
     """
+    if not 0 < timeout_s < math.inf:
+        raise InputError(f"reward.timeout_s: received {timeout_s}; it must be a finite number above 0; use 60.0")
     if source.startswith(("http://", "https://")):
 
         def call(images: np.ndarray, **fields: Any) -> Any:

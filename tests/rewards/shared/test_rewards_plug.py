@@ -1,5 +1,7 @@
 """Models from outside: a function of the user's, and a server, which may be slow, wrong, or not there."""
 
+import time
+
 import numpy as np
 import pytest
 import tiny_models
@@ -83,6 +85,19 @@ def test_models_that_are_not_there(source, why):
     with pytest.raises(InputError, match=f"^reward.recogniser: {why}") as error:
         connect(source)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_time_out_is_a_time(timeout_s):
+    with pytest.raises(InputError, match=r"^reward.timeout_s: received .*; it must be a finite number above 0; use 60"):
+        connect("tiny_models:read", timeout_s)
+
+
+def test_a_server_that_is_slow_is_given_up():
+    with tiny_models.Server(lambda payload: time.sleep(0.5) or {"texts": ["x", "y", "z"]}) as server:
+        assert connect(server.url)(IMAGES) == ["x", "y", "z"]
+        with pytest.raises(RewardError, match=r"gave no answer \(TimeoutError: timed out\); tried 4 times"):
+            connect(server.url, timeout_s=0.05)(IMAGES)
 
 
 def test_answers_must_be_text():
