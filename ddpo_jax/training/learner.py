@@ -340,7 +340,7 @@ def _map_pairs(terms_of: Callable[[Array, Array], StepTerms], batch: Minibatch, 
 
 def _no_statistics(traits: Traits) -> Stats:
     """The neutral elements of what ``_statistics`` returns."""
-    means = [name for name in ("kl", "noise_mse", "denoise_mse") if name in traits.terms]
+    means: list[str] = [name for name in ("kl", "noise_mse", "denoise_mse") if name in traits.terms]
     if "log_prob" not in traits.terms:
         return {name: Mean.empty() for name in means}
     means += ["approx_kl", "clip_fraction", "zero_gradient_fraction"]
