@@ -134,6 +134,7 @@ def test_the_learner_trains_another_process(drawn):
         prompt_ids=np.arange(N, dtype=np.int32),
         steps=np.tile(np.arange(T, dtype=np.int32), (N, 1)),
         step_weight=np.ones((N, T), np.float32),
+        penalty_weight=np.ones((N, T), np.float32),
         mask=np.ones((N, T), np.float32),
         seeds=np.arange(N, dtype=np.int32),
     )

@@ -86,7 +86,7 @@ def test_the_row_of_an_epoch():
     made = parts()
     samples = epoch.assign(made, CONFIG, None, rollout())
     metrics = [{"loss": np.float32(1), "ratio_deviation": np.float32(0.25)}, {"loss": 2.0, "ratio_deviation": 0.75}]
-    row = epoch.report(made, rollout(), samples, epoch.Updates(metrics, replayed=3))
+    row = epoch.report(made, rollout(), samples, epoch.Updates(metrics, replayed=3, pairs=5))
     assert np.isnan(row.pop("reward/nothing"))
     assert row == {
         "train/loss": 1.5,
@@ -99,10 +99,11 @@ def test_the_row_of_an_epoch():
         "reward/kb": 2.0,
         "sample/distinct_prompts": 2,
         "train/advantage_abs": 1.25,
+        "compute/denoiser_calls": 4 * 4 + 3 * 5,  # of the rollout, and forward and backward of the trained pairs
         "replay/samples": 3,
         "replay/bytes": 17,
         "time/rollout_s": 3.0,
         "time/reward_s": 2.0,
     }
-    nothing = epoch.report(made, rollout(), samples, epoch.Updates([], replayed=0))  # the algorithm kept no sample
+    nothing = epoch.report(made, rollout(), samples, epoch.Updates([], replayed=0, pairs=0))  # the algorithm kept no sample
     assert not {"train/loss", "train/ratio_first_update_deviation"} & nothing.keys()
