@@ -1,6 +1,5 @@
 """A folder that PyTorch diffusers built is trained, exported and sampled by PyTorch diffusers: the same images."""
 
-import argparse
 import contextlib
 import json
 import re
@@ -17,9 +16,8 @@ from ddpo_jax.commands.export import main
 from ddpo_jax.config import default_config
 from ddpo_jax.config.override import override
 from ddpo_jax.config.ready import make_ready
-from ddpo_jax.diffusion.policy import per_sample_normal
-from ddpo_jax.diffusion.sampler import _INITIAL
 from ddpo_jax.models import lora, pipeline
+from ddpo_jax.ops import random
 from ddpo_jax.training import trained
 from ddpo_jax.training.export import LORA_FILE
 from ddpo_jax.training.loop import train
@@ -77,10 +75,10 @@ def ours(workdir, *, steps=4, epoch="latest", ema=False):
     config, model = trained.load_trained(workdir, epoch, ema)
     config = ConfigDict(config)
     config.sample.num_steps, config.sample.eta = steps, 0.0
-    images = sample.draw(model, PROMPTS, config, SEED, 1)
-    keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(SEED), i))(np.zeros(len(PROMPTS), np.int32))
-    fold = jax.vmap(jax.random.fold_in, in_axes=(0, None))
-    return images, np.asarray(per_sample_normal(fold(keys, _INITIAL), model.pipeline.latent_shape))
+    images = trained.draw(model, config, PROMPTS, 1, SEED)
+    keys = random.sample_keys(jax.random.key(SEED), np.zeros(len(PROMPTS), np.int32))
+    noise = random.normal(random.step_keys(keys, random.INITIAL_NOISE), model.pipeline.latent_shape)
+    return images, np.asarray(noise)
 
 
 def theirs(pipe, noise, steps=4):
@@ -169,13 +167,10 @@ def test_peft_reads_the_file_and_writes_it_back(runs, base, tmp_path):
 def test_the_file_is_sampled_without_the_run(runs, base, tmp_path, capsys):
     assert command(f"--workdir={runs(2)}", f"--out={tmp_path}") == 0
     file = str(tmp_path / LORA_FILE)
-    config, model, name = sample.load(
-        argparse.Namespace(model=str(base), workdir="", lora=file), jax.default_backend(), 1
-    )
-    assert name == f"{base} with {file}"
+    config, model = trained.load_base(str(base), file, jax.default_backend(), 1)
     config = ConfigDict(config)
     config.sample.num_steps, config.sample.eta = 4, 0.0
-    assert_same_images(sample.draw(model, PROMPTS, config, SEED, 1), ours(runs(2))[0])
+    assert_same_images(trained.draw(model, config, PROMPTS, 1, SEED), ours(runs(2))[0])
 
     argv = ["--prompt=a", f"--out={tmp_path / 'grid.png'}", "--steps=1"]
     assert cli.run(sample.main, [f"--model={base}", f"--lora={file}", *argv]) == 0

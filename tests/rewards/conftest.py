@@ -176,3 +176,32 @@ def images():
     waves = rng.uniform(1, 9, (5, 1, 1, 3, 2))
     smooth = np.sin(waves[..., 0] * y[None, :, :, None] + waves[..., 1] * x[None, :, :, None])
     return np.clip(127 + 110 * smooth + rng.normal(0, 12, (5, 72, 60, 3)), 0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def ready(tmp_path_factory):
+    """Context managers for rewards that need somebody at the other end: given the config, which they change, before the
+    reward is made; ``meet`` then gets what was made."""
+    import contextlib
+
+    import http_tools
+
+    from ddpo_jax.rewards import jpeg_compressibility
+
+    @contextlib.contextmanager
+    def remote(config):
+        with http_tools.served(jpeg_compressibility.make(config)) as server:
+            config.url = server.url
+            yield lambda reward: None
+
+    @contextlib.contextmanager
+    def human(config):
+        config.folder, config.port = str(tmp_path_factory.mktemp("human")), 0
+        people = []
+        try:
+            yield lambda reward: people.append(http_tools.Rater(reward.address, http_tools.stars))
+        finally:
+            for person in people:
+                person.stop()
+
+    return {"remote": remote, "human": human}

@@ -31,7 +31,7 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=find.available("rewards"))
-def reward(request):
+def reward(request, ready):
     """The reward with its default options on the embedded miniature, and those it cannot do without."""
     module = find.find("rewards", request.param)
     config = module.default_config()
@@ -43,8 +43,15 @@ def reward(request):
         config[key] = mini
     config.update(options)
     config.name = request.param
+    if request.param in ready:
+        with ready[request.param](config) as meet:
+            made = make_reward(config, module)
+            meet(made)
+            yield Case(made, prompts, images)
+            made.close()
+        return
     try:
-        return Case(make_reward(config, module), prompts, images)
+        yield Case(make_reward(config, module), prompts, images)
     except ValueError as error:
         if str(_clip.ASSETS) in str(error):
             pytest.skip(f"the embedded weights are not trained yet: {error}")

@@ -34,7 +34,7 @@ STANDIN = """#!/usr/bin/env bash
 echo "$@" >> "{calls}"
 for word in "$@"; do case $word in --workdir=*) dir=${{word#--workdir=}};; --out=*) out=${{word#--out=}};; esac; done
 case "$*" in
-  *ddpo_jax\ evaluate*) mkdir -p "$out"
+  *" evaluate "*) mkdir -p "$out"
     echo '{{"rewards": {{"r": {{"base": {{"mean": 1.0}}, "trained": {{"mean": 3.0}}}}}}}}' > "$out/evaluation.json"
     exit 0;;
   *two.py*) echo "error: no such reward" >&2; exit 2;;

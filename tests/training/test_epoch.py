@@ -105,5 +105,7 @@ def test_the_row_of_an_epoch():
         "time/rollout_s": 3.0,
         "time/reward_s": 2.0,
     }
-    nothing = epoch.report(made, rollout(), samples, epoch.Updates([], replayed=0, pairs=0))  # the algorithm kept no sample
+    nothing = epoch.report(
+        made, rollout(), samples, epoch.Updates([], replayed=0, pairs=0)
+    )  # the algorithm kept no sample
     assert not {"train/loss", "train/ratio_first_update_deviation"} & nothing.keys()
