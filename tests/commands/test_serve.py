@@ -15,7 +15,7 @@ from http_tools import ask, png
 
 from ddpo_jax.commands import serve
 from ddpo_jax.errors import InputError
-from ddpo_jax.rewards import _jpeg
+from ddpo_jax.rewards._shared import jpeg as _jpeg
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 IMAGES = np.random.default_rng(7).integers(0, 256, (2, 8, 8, 3), dtype=np.uint8)
@@ -103,6 +103,6 @@ def test_a_port_in_use_is_one_line():
 
 
 def test_options_reach_the_reward():
-    section = serve.reward_config("clip_score", ["scale=100", "batch_size=3"], "mini")
+    section, _ = serve.reward_config("clip_score", ["scale=100", "batch_size=3"], "mini")
     assert (section.scale, section.batch_size, section.weights) == ("100", 3, "mini")
-    assert serve.reward_config("clip_score", [], "some/hub-id").weights == "openai"
+    assert serve.reward_config("clip_score", [], "CompVis/stable-diffusion-v1-4")[0].weights == "openai"
