@@ -91,7 +91,7 @@ def serve(args: argparse.Namespace) -> None:
     )
     handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        chosen = ", ".join(f"{key}={value}" for key, value in section.items() if key not in ("name", "token"))
+        chosen = ", ".join(f"{key}={value}" for key, value in section.items() if key not in ("name", "token", "wait_s"))
         print(f"serving {args.reward}{f' ({chosen})' if chosen else ''} at {server.url}", flush=True)
         stop.wait()
         logging.info("stopping: the request that is computed is finished first")
