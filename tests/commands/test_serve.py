@@ -84,9 +84,9 @@ def test_a_member_with_a_token_and_sigint():
         (["--reward=clip_score", "--option", "scale"], "--option: received 'scale'; it must be key=value"),
         (["--reward=clip_score", "--option", "scales=100"], "nearest is 'reward.scale'"),
         (["--reward=clip_score", "--option", "scale=7"], "reward.scale='7'"),
-        (["--reward=jpeg_compressibility", "--port=x"], "argument --port: invalid int value: 'x'"),
+        (["--reward=jpeg_compressibility", "--port=x"], "--port: invalid int value: 'x'"),
         (["--reward=jpeg_compressibility", "--port=99999"], "--port: received 99999"),
-        (["--reward=jpeg_compressibility", "--queue=0"], "argument --queue: received '0'"),
+        (["--reward=jpeg_compressibility", "--queue=0"], "--queue: received '0'"),
         (["--reward=jpeg_compressibility", "--host=0.0.0.0"], "--host: received '0.0.0.0' without a token; .*--token="),
     ],
 )
@@ -105,4 +105,4 @@ def test_a_port_in_use_is_one_line():
 def test_options_reach_the_reward():
     section, _ = serve.reward_config("clip_score", ["scale=100", "batch_size=3"], "mini")
     assert (section.scale, section.batch_size, section.weights) == ("100", 3, "mini")
-    assert serve.reward_config("clip_score", [], "CompVis/stable-diffusion-v1-4")[0].weights == "openai"
+    assert serve.reward_config("clip_score", [], "CompVis/stable-diffusion-v1-4")[0].weights == "B/32"
