@@ -86,8 +86,9 @@ class Traits:
       separable: the loss of a pair (n, s) depends on the terms of that pair alone: one pass over the network.
         Otherwise one extra forward pass collects all terms before the coefficients are formed, and a column s must
         hold the same step of every sample in the minibatch, all trained steps of it (no timestep_fraction < 1).
-      on_policy: right only for samples of the current policy: an epoch is one update and replay is refused. Others
-        correct for a policy that has moved (importance ratio) or are regressions that hold for any sampler.
+      on_policy: right only for samples of the current policy: by default an epoch is one update, several are warned of
+        and replay is refused. Others correct for a policy that has moved (importance ratio) or are regressions that
+        hold for any sampler.
       group: the baseline or the loss compares samples of a prompt: 2 or more of each, kept together in a minibatch. In
         replay they are kept together only where the loss couples them: a baseline is in their advantages already.
       standardized: advantages are in standard deviations of the reward, so ``adv_clip_max`` applies to them.
@@ -98,6 +99,7 @@ class Traits:
       value_updates: updates of the value network for one of the policy; 0 where there is none. With one, the module
         has ``value_loss`` and the network its own AdamW at ``value_learning_rate``.
       value_learning_rate: see ``value_updates``.
+      doubts: what the options allow but is seldom meant, a line each, for the log of a run.
     """
 
     terms: frozenset[str]
@@ -110,6 +112,7 @@ class Traits:
     refresh_every: int = 1
     value_updates: int = 0
     value_learning_rate: float = 0.0
+    doubts: tuple[str, ...] = ()
 
     @property
     def whole_groups(self) -> bool:
@@ -118,5 +121,5 @@ class Traits:
 
     @property
     def importance_ratio(self) -> bool:
-        """Whether a rollout may serve several updates; the opposite of ``on_policy``."""
+        """Whether a rollout serves several updates rightly; the opposite of ``on_policy``."""
         return not self.on_policy

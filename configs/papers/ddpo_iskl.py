@@ -8,8 +8,8 @@ rewards:    ...:reward=jpeg_compressibility (here), jpeg_incompressibility, aest
 miniature:  ...:model=mini (16 images)
 
 Table 1 has a batch of 16 and, for IS and ISKL, 8 samples per iteration: a minibatch is then all samples. Its 4 updates
-of SF on the same samples lack an importance ratio that would correct for the earlier ones, which ``validate`` refuses:
-here it is one.
+of SF on the same samples lack an importance ratio that would correct for the earlier ones: a run warns of it. Correct
+is train.num_inner_epochs=1.
 """
 
 from ml_collections import ConfigDict
@@ -47,5 +47,5 @@ def get_config(arg: str = "") -> ConfigDict:
     choose_members(config, members)
     if config.algorithm.name == "ddpo_sf":
         config.sample.batch_size = config.train.batch_size = 16
-        config.train.num_inner_epochs = 1
+        config.train.num_inner_epochs = 4  # Table 1
     return with_choices(config, options)

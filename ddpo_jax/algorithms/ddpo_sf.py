@@ -2,7 +2,8 @@
 
 Papers: Black et al. 2023, arXiv:2305.13301, Eq. 3 (DDPO_SF); Gao et al. 2025, Eq. 1 and Algorithm 3.
 The likelihood-ratio gradient of the expected reward is the sum over the steps of advantage times gradient of log_prob.
-It holds only for samples of the current policy, hence one update per rollout. The advantage is standardised per prompt.
+It holds only for samples of the current policy, hence one update per rollout; Gao et al. make four (Table 1), which is
+possible and warned of. The advantage is standardised per prompt.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ def default_config() -> ConfigDict:
 
 
 def traits(config: ConfigDict) -> Traits:
-    """On-policy: there is no importance ratio, so a rollout serves one update and nothing is replayed."""
+    """On-policy: there is no importance ratio, so a rollout serves one update rightly and nothing is replayed."""
     options.check(config, positive=("buffer_size", "min_count"))
     return Traits(terms=frozenset({"log_prob"}), on_policy=True)
 

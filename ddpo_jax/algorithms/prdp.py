@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from ddpo_jax.errors import InputError
 from ddpo_jax.ops import masked, options
 from ddpo_jax.ops.advantages import PromptStats, deviation, group_mean_baseline, require_groups
 from ddpo_jax.types import Batch, StepTerms, Traits
@@ -53,11 +52,20 @@ def default_config() -> ConfigDict:
 def traits(config: ConfigDict) -> Traits:
     """The loss couples the steps and the samples of a prompt. It is a regression: any sampler's data will do."""
     options.check(config, choices=CHOICES, positive=("kl_coef",), non_negative=("refresh_every",))
+    held: tuple[str, ...] = ()
     if config.proximal and config.refresh_every == 0:
-        rule = "offline (refresh_every=0) the clip would hold the policy at the pretrained model"
-        raise InputError(options.fault(config, "proximal", rule, "False"))
-    terms = frozenset({"log_prob", "ref_log_prob"})
-    return Traits(terms, separable=False, group=True, standardized=False, refresh_every=config.refresh_every)
+        held = (
+            "algorithm.proximal: received True; offline (refresh_every=0) the clip holds the policy within "
+            "train.clip_range of the pretrained model; False is usual",
+        )
+    return Traits(
+        terms=frozenset({"log_prob", "ref_log_prob"}),
+        separable=False,
+        group=True,
+        standardized=False,
+        refresh_every=config.refresh_every,
+        doubts=held,
+    )
 
 
 def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, config: ConfigDict) -> np.ndarray:

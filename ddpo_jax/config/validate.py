@@ -164,8 +164,7 @@ def _sizes(config: ConfigDict, num_devices: int) -> Iterator[str]:
 
 def _algorithm(config: ConfigDict, used: Traits) -> Iterator[str]:
     name, group = config.algorithm.name, config.prompts.samples_per_prompt
-    train, sample = config.train, config.sample
-    images = sample.batch_size * sample.num_batches_per_epoch
+    train = config.train
     if used.group and group < 2:
         yield (
             f"prompts.samples_per_prompt: received {group}; algorithm {name!r} compares the images of a prompt with "
@@ -176,25 +175,45 @@ def _algorithm(config: ConfigDict, used: Traits) -> Iterator[str]:
             f"train.batch_size: received {train.batch_size}; algorithm {name!r} needs whole groups of "
             f"prompts.samples_per_prompt={group} images in an update; use {_multiple(train.batch_size, group)}"
         )
-    if not used.importance_ratio:
-        why = f"algorithm {name!r} has no importance ratio, so it is right only for images of the current policy"
-        if config.replay.name != "none":
-            yield f"replay.name: received {config.replay.name!r}; {why}; use replay.name=none or algorithm.name=ddpo"
-        if train.num_inner_epochs > 1:
-            yield (
-                f"train.num_inner_epochs: received {train.num_inner_epochs}; {why}; "
-                "use train.num_inner_epochs=1 or algorithm.name=ddpo"
-            )
-        if train.batch_size < images and images % max(train.batch_size, 1) == 0:
-            yield (
-                f"train.batch_size: received {train.batch_size}; {why}: one update for the {images} images of an "
-                f"epoch; use train.batch_size={images} or algorithm.name=ddpo"
-            )
+    if not used.importance_ratio and config.replay.name != "none":
+        yield (
+            f"replay.name: received {config.replay.name!r}; {_current_policy_only(config)}; use replay.name=none or "
+            "algorithm.name=ddpo"
+        )
     if not used.separable and train.timestep_fraction != 1:
         yield (
             f"train.timestep_fraction: received {train.timestep_fraction!r}; the loss of algorithm {name!r} couples "
             "all steps of a trajectory; use train.timestep_fraction=1.0"
         )
+
+
+def doubts(config: ConfigDict, used: Traits) -> Iterator[str]:
+    """What may be trained but is seldom meant: a line for each, ``key: received X; what it does; what is usual``.
+
+    Args:
+      config: valid.
+      used: the algorithm's traits.
+    """
+    train, sample = config.train, config.sample
+    images = sample.batch_size * sample.num_batches_per_epoch
+    yield from used.doubts
+    if used.importance_ratio:
+        return
+    if train.num_inner_epochs > 1:
+        yield (
+            f"train.num_inner_epochs: received {train.num_inner_epochs}; {_current_policy_only(config)}, and from the "
+            "second update on these are not; train.num_inner_epochs=1 or algorithm.name=ddpo is usual"
+        )
+    if train.batch_size < images:
+        yield (
+            f"train.batch_size: received {train.batch_size}; {_current_policy_only(config)}, and from the second "
+            f"update on these are not; train.batch_size={images} (an epoch) or algorithm.name=ddpo is usual"
+        )
+
+
+def _current_policy_only(config: ConfigDict) -> str:
+    name = config.algorithm.name
+    return f"algorithm {name!r} has no importance ratio, so it is right only for images of the current policy"
 
 
 def _weighting(config: ConfigDict, members: Members) -> Iterator[str]:

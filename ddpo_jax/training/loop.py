@@ -8,6 +8,7 @@ from absl import logging
 
 from ddpo_jax import sharding
 from ddpo_jax.config.ready import Ready
+from ddpo_jax.config.validate import doubts
 from ddpo_jax.errors import InputError, Interrupted, RunFailure
 from ddpo_jax.ops.advantages import PromptStats
 from ddpo_jax.rollout.scoring import RewardError
@@ -49,6 +50,8 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
             )
             return not (workdir / "reward.png").exists()  # stopped after the last epoch was saved
         logging.info("%s", describe(parts, config))
+        for doubt in doubts(config, parts.traits):
+            logging.warning("%s", doubt)
         with metrics.Writer(workdir, start) as writer:
             progress = metrics.Progress(config.num_epochs, start)
             if start == 0:

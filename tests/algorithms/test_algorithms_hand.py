@@ -237,11 +237,13 @@ def test_b2_diffurl_select():
     np.testing.assert_array_equal(module.select(scores, roots, config), np.array(want, bool))
 
 
-def test_prdp_refuses_a_clip_offline():
+def test_prdp_doubts_a_clip_offline():
+    """It holds the policy at the pretrained model, which sampled: possible, and said."""
     module = find("algorithms", "prdp")
     config = module.default_config()
+    assert module.traits(config).doubts == ()
     config.refresh_every = 0
-    with pytest.raises(ValueError, match="algorithm.proximal: received True; .* use False"):
-        module.traits(config)
+    (doubt,) = module.traits(config).doubts
+    assert doubt.startswith("algorithm.proximal: received True; offline")
     config.proximal = False
-    assert module.traits(config).refresh_every == 0
+    assert module.traits(config).doubts == () and module.traits(config).refresh_every == 0

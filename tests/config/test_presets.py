@@ -74,7 +74,7 @@ NUMBERS = {
         **{"train.clip_range": 1e-4, "train.adam_eps": 1e-8, "sample.num_steps": 50, "train.lora_rank": 4},
     },
     "ddpo_iskl.py:algorithm=ddpo": {"images": 8, "train.num_inner_epochs": 2, "algorithm.name": "ddpo"},
-    "ddpo_iskl.py:algorithm=ddpo_sf": {"images": 16, "train.batch_size": 16},
+    "ddpo_iskl.py:algorithm=ddpo_sf": {"images": 16, "train.batch_size": 16, "train.num_inner_epochs": 4},
     "ddpo_iskl.py:train.learning_rate=3e-3": {"train.learning_rate": 3e-3},
 }
 

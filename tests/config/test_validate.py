@@ -97,8 +97,6 @@ def test_every_rule_names_its_key_value_and_fix(key):
         ),
         (["algorithm.name=loop", "prompts.samples_per_prompt=1"], 1, "prompts.samples_per_prompt", "at least 2"),
         (["algorithm.name=loop", "train.batch_size=2"], 1, "train.batch_size", "use 4"),
-        (["algorithm.name=ddpo_sf", "train.batch_size=64"], 1, "train.batch_size", "use train.batch_size=128"),
-        (["algorithm.name=ddpo_sf", "train.num_inner_epochs=2"], 1, "train.num_inner_epochs", "no importance ratio"),
         (
             ["algorithm.name=prdp", "train.timestep_fraction=0.5"],
             1,

@@ -10,6 +10,7 @@ import pytest
 from tiny import SMALLEST_UNET, quick_compilation, tiny_pipeline_folder, tiny_ready
 
 from ddpo_jax import find
+from ddpo_jax.config.validate import doubts
 from ddpo_jax.training.loop import train
 from ddpo_jax.workdir import checkpoint, metrics
 
@@ -61,16 +62,34 @@ def test_what_does_not_go_together_is_refused_with_the_reason(name, folder):
         return ""
 
     assert refusal() == ""
-    for changes in ({"replay.name": "hard"}, {"replay.name": "random"}, {"train.num_inner_epochs": 2}):
-        (key,) = changes
-        reason = f"{key}: received .*algorithm '{name}' has no importance ratio.*use {key}="
+    for changes in ({"replay.name": "hard"}, {"replay.name": "random"}):
+        reason = f"replay.name: received .*algorithm '{name}' has no importance ratio.*use replay.name="
         assert_refused_if(used.on_policy, refusal(**changes), reason)
-    several = {"sample.num_batches_per_epoch": 2, "train.batch_size": 8}
-    assert_refused_if(used.on_policy, refusal(**several), "train.batch_size: received 8; .*no importance ratio.*16")
     couples = f"the loss of algorithm '{name}' couples all steps"
     assert_refused_if(not used.separable, refusal(**{"train.timestep_fraction": 0.5}), couples)
     single = refusal(**{"prompts.samples_per_prompt": 1})
     assert_refused_if(used.group, single, f"prompts.samples_per_prompt: received 1; algorithm '{name}' compares")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_updates_without_an_importance_ratio_are_doubted(name, folder):
+    """Gao et al. 2025, Table 1, make four with the score function: possible, with a warning."""
+    used = traits(name)
+
+    def doubted(**changes):
+        config = tiny_ready(folder, **{**SMALL, "algorithm.name": name, **changes}).config
+        return list(doubts(config, used))
+
+    assert doubted() == []
+    why = f"algorithm '{name}' has no importance ratio"
+    cases = {
+        "train.num_inner_epochs: received 2;": {"train.num_inner_epochs": 2},
+        "train.batch_size: received 8;": {"sample.num_batches_per_epoch": 2, "train.batch_size": 8},
+    }
+    for start, changes in cases.items():
+        found = doubted(**changes)
+        assert len(found) == used.on_policy
+        assert all(line.startswith(start) and why in line for line in found)
 
 
 def assert_refused_if(refused, message, reason):
