@@ -11,7 +11,6 @@ the prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.rewards._shared import detect as _detect
+from ddpo_jax.rewards._shared import plug as _plug
 
 AUTO = {"detector": _detect.AUTO}
 SAME_IOU = SAME_COVERED = 0.9
@@ -31,6 +31,7 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.detector = "auto"  # mini (of the miniature), package.module:function or http://...; auto = by the model
     config.timeout_s = 60.0  # seconds that one answer of a remote detector may take
+    config.patience_s = 600.0  # seconds during which a failed request to it is repeated before the run gives up
     return config
 
 
@@ -88,13 +89,13 @@ def asked(prompt: str, metadata: dict[str, Any]) -> list[_detect.Phrase]:
     return [_detect.Phrase(_detect.named(name).words, count) for name, count in zip(objects, counts, strict=True)]
 
 
-def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]:
+def make(config: ConfigDict) -> _plug.Closable:
     """The reward; parts ``objects_found`` and ``counts_exact`` are the shares of the prompt's things.
 
     Raises:
       InputError: there is no such detector. When called: a prompt that counts nothing.
     """
-    detect = _detect.make_detector(config.detector, config.timeout_s)
+    detect = _detect.make_detector(config.detector, config.timeout_s, config.patience_s)
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
         questions = [asked(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)]
@@ -102,4 +103,4 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
         scores, detected, exact = np.asarray(judged, np.float32).reshape(-1, 3).T.copy()
         return scores, {"objects_found": detected, "counts_exact": exact}
 
-    return reward
+    return _plug.Closable(reward, detect.close)

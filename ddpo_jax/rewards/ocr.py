@@ -12,7 +12,6 @@ Upper and lower case are the same, and so are all kinds and amounts of white spa
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.recogniser = ""  # package.module:function (images -> strings), or the URL of a server
     config.timeout_s = 60.0  # seconds that one answer of a remote recogniser may take
+    config.patience_s = 600.0  # seconds during which a failed request to it is repeated before the run gives up
     return config
 
 
@@ -88,13 +88,13 @@ def wanted(prompt: str, metadata: dict[str, Any]) -> str:
     return text
 
 
-def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]:
+def make(config: ConfigDict) -> _plug.Closable:
     """The reward; part ``exact`` is 1 where the text was read exactly, else 0.
 
     Raises:
       InputError: there is no such recogniser. When called: a prompt that asks for no text.
     """
-    read = _plug.connect(config.recogniser, "reward.recogniser", "texts", config.timeout_s)
+    read = _plug.connect(config.recogniser, "reward.recogniser", "texts", config.timeout_s, config.patience_s)
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
         targets = [wanted(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)]
@@ -102,4 +102,4 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
         scores = np.array([similarity(target, text) for target, text in zip(targets, seen, strict=True)], np.float32)
         return scores, {"exact": (scores == 1).astype(np.float32)}
 
-    return reward
+    return _plug.Closable(reward, read.close)

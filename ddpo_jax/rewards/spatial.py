@@ -23,7 +23,6 @@ is read from the prompt.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.rewards._shared import detect as _detect
+from ddpo_jax.rewards._shared import plug as _plug
 
 AUTO = {"detector": _detect.AUTO}
 SHORTER_SIDE, NEAR, MAX_IOU, LOWEST = 479, 150, 0.1, 0.5
@@ -46,6 +46,7 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.detector = "auto"  # mini (of the miniature), package.module:function or http://...; auto = by the model
     config.timeout_s = 60.0  # seconds that one answer of a remote detector may take
+    config.patience_s = 600.0  # seconds during which a failed request to it is repeated before the run gives up
     return config
 
 
@@ -127,14 +128,14 @@ def asked(prompt: str, metadata: dict[str, Any]) -> tuple[tuple[_detect.Phrase, 
     return (_detect.named(objects[0]), _detect.named(objects[1])), relation
 
 
-def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]:
+def make(config: ConfigDict) -> _plug.Closable:
     """The reward; part ``objects_found`` is the share of the two that were detected, ``position`` the rule's (NaN where
     not both were).
 
     Raises:
       InputError: there is no such detector. When called: a prompt that names no relation.
     """
-    detect = _detect.make_detector(config.detector, config.timeout_s)
+    detect = _detect.make_detector(config.detector, config.timeout_s, config.patience_s)
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
         questions = [asked(prompt, entry) for prompt, entry in zip(prompts, metadata, strict=True)]
@@ -143,4 +144,4 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
         scores, shares, placed = np.asarray(judged, np.float32).reshape(-1, 3).T.copy()
         return scores, {"objects_found": shares, "position": placed}
 
-    return reward
+    return _plug.Closable(reward, detect.close)

@@ -36,15 +36,14 @@ def default_config() -> ConfigDict:
     config.answerer = ""  # package.module:function (images, question=...) -> answers, or the URL of a server
     config.question = "Answer concisely: what is going on in this image?"  # asked of every image
     config.timeout_s = 120.0  # seconds that one answer of a remote model may take
-    config.encoder = (
-        ""  # folder of microsoft/deberta-xlarge-mnli, or package.module:function texts -> [(tokens, weights)]
-    )
+    config.patience_s = 600.0  # seconds during which a failed request to it is repeated before the run gives up
+    config.encoder = ""  # folder of microsoft/deberta-xlarge-mnli, or package.module:function (texts -> tokens)
     config.layer = 40  # encoder layer whose output is compared, of a folder
     config.batch_size = 8  # texts per call of the encoder, of a folder
     return config
 
 
-def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]:
+def make(config: ConfigDict) -> _plug.Closable:
     """The reward; no parts.
 
     An ``encoder`` that is a function takes a list of texts and returns for each of them (embeddings [L, D], weights
@@ -53,7 +52,7 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
     Raises:
       InputError: there is no such model or encoder.
     """
-    look = _plug.connect(config.answerer, "reward.answerer", "answers", config.timeout_s)
+    look = _plug.connect(config.answerer, "reward.answerer", "answers", config.timeout_s, config.patience_s)
     encode = _encoder(config)
     question = config.question
 
@@ -69,7 +68,7 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
             scores[rows] = recalls([tokens[answers[row]] for row in rows], [tokens[references[row]] for row in rows])
         return scores, {}
 
-    return reward
+    return _plug.Closable(reward, look.close)
 
 
 def recalls(candidates: Sequence[Tokens], references: Sequence[Tokens]) -> np.ndarray:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from ddpo_jax import find
 from ddpo_jax.errors import InputError
 from ddpo_jax.rewards._shared import check as _check
+from ddpo_jax.rewards._shared import plug as _plug
 
 AUTO = {"weights": ("mini", "full")}
 
@@ -28,7 +29,7 @@ def default_config() -> ConfigDict:
     return config
 
 
-def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.ndarray]]]:
+def make(config: ConfigDict) -> _plug.Closable:
     """The reward; its parts are the scores and the parts of the members.
 
     Raises:
@@ -64,7 +65,12 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
             parts |= {name: scores, **{f"{name}/{key}": part for key, part in own.items()}}
         return total.astype(np.float32), parts
 
-    return reward
+    def close() -> None:
+        for fn in members.values():
+            if callable(end := getattr(fn, "close", None)):
+                end()
+
+    return _plug.Closable(reward, close)
 
 
 def _pairs(text: str, key: str, example: str) -> list[tuple[str, str]]:

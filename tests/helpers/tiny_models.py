@@ -68,6 +68,7 @@ class Server:
                 body = b"" if isinstance(answer, int) else answer
                 body = body if isinstance(body, bytes) else json.dumps(body).encode()
                 self.send_response(status)
+                self.send_header("Content-Type", "text/html" if isinstance(answer, bytes) else "application/json")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)

@@ -255,7 +255,7 @@ def test_pictures_of_the_miniature_agree_with_their_captions(mini):
 
 def test_the_miniatures_detector_finds_the_centers():
     scenes = world.sample_scenes(np.random.default_rng(3), 64)
-    found = _detect.make_detector("mini", 1.0)(world.render_all(scenes))
+    found = _detect.make_detector("mini", 1.0, 0.0)(world.render_all(scenes))
     errors, labels = [], []
     for row, detections in enumerate(found):
         truth = scenes[row].objects
@@ -285,12 +285,12 @@ def test_a_detector_on_a_server():
     images = np.zeros((2, 16, 16, 3), np.uint8)
     images[0, :, :8] = images[1, :, 8:] = 255
     with tiny_models.Server(reply) as server:
-        found = _detect.make_detector(server.url, 5.0)(images)
+        found = _detect.make_detector(server.url, 5.0, 0.0)(images)
     assert found == [
         [_detect.Detection("circle", 0.9, (0, 0, 8, 8))],
         [_detect.Detection("circle", 0.9, (8, 0, 16, 8))],
     ]
-    assert found == _detect.make_detector("tiny_models:detect", 5.0)(images)
+    assert found == _detect.make_detector("tiny_models:detect", 5.0, 0.0)(images)
 
 
 @pytest.mark.parametrize(

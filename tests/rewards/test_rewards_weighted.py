@@ -1,7 +1,10 @@
 """Weighted sums: the arithmetic, the log of every part, and every way to write one wrong."""
 
+import threading
+
 import numpy as np
 import pytest
+import tiny_models
 
 from ddpo_jax.rewards import jpeg_compressibility, weighted
 from ddpo_jax.rollout import scoring as reward_runner
@@ -92,6 +95,14 @@ def test_wrong_sums_are_one_clear_line(rewards, options, message):
     with pytest.raises(ValueError, match=message) as caught:
         make(rewards, options)
     assert "\n" not in str(caught.value)
+
+
+def test_closing_the_sum_closes_its_members():
+    with tiny_models.Server(lambda payload: 503) as server:
+        fn = make("jpeg_compressibility=1,ocr=1", f"ocr.recogniser={server.url}")
+        threading.Timer(0.3, fn.close).start()
+        with pytest.raises(reward_runner.RewardError, match=r"answered 503; no longer waited for"):
+            fn(np.zeros((1, 8, 8, 3), np.uint8), ['a sign "A"'], [{}])
 
 
 def test_weights_must_be_resolved():

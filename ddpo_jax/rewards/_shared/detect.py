@@ -35,29 +35,31 @@ class Detection(NamedTuple):
     box: Box  # x0, y0, x1, y1 in pixels
 
 
-Detector = Callable[[np.ndarray], list[list[Detection]]]
-
-
-def make_detector(source: str, timeout_s: float) -> Detector:
-    """The detector that ``reward.detector`` names.
+def make_detector(source: str, timeout_s: float, patience_s: float) -> _plug.Closable:
+    """The detector that ``reward.detector`` names: images u8[N,H,W,3] to N lists of ``Detection``.
 
     Args:
       source: "mini" (the miniature's verifier), ``package.module:function``, or the URL of a server that answers
         ``{"detections": [[{"label": ..., "score": ..., "box": [x0, y0, x1, y1]}, ...], ...]}``, a list for each image.
       timeout_s: seconds that one answer of a server may take.
+      patience_s: seconds during which a request to a server is repeated.
 
     Raises:
       InputError: there is no such detector. What is returned raises ``RewardError`` where its output is not usable.
     """
     if source == "mini":
-        return _mini_detector()
+        return _plug.Closable(_mini_detector(), lambda: None)
     if source in ("", "auto"):
         raise InputError(
             f"reward.detector: received {source!r}; this reward needs an object detector; write "
             "package.module:function or the URL of a server, or mini for pictures of the miniature"
         )
-    ask = _plug.connect(source, "reward.detector", "detections", timeout_s)
-    return lambda images: [[_checked(item) for item in _listed(found)] for found in ask(images)]
+    ask = _plug.connect(source, "reward.detector", "detections", timeout_s, patience_s)
+
+    def detect(images: np.ndarray) -> list[list[Detection]]:
+        return [[_checked(item) for item in _listed(found)] for found in ask(images)]
+
+    return _plug.Closable(detect, ask.close)
 
 
 def _listed(found: Any) -> Sequence[Any]:
@@ -79,7 +81,7 @@ def _checked(item: Any) -> Detection:
     return Detection(label, score, (x0, y0, x1, y1))
 
 
-def _mini_detector() -> Detector:
+def _mini_detector() -> Callable[[np.ndarray], list[list[Detection]]]:
     """The miniature's verifier as a detector: labels are the shapes of the world, scores presence times shape."""
     verifier = Verifier.from_folder(_clip.embedded("verifier", "reward.detector", "mini"))
     size = world.IMAGE_SIZE
