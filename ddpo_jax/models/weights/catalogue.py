@@ -113,7 +113,7 @@ def is_verified(path: Path, name: str) -> bool:
 
 def _fix(wanted: Entry) -> str:
     at = f" at revision {wanted.revision}" if wanted.revision else ""
-    return f"get {wanted.file} of {wanted.repo}{at} again"
+    return f"delete it and get {wanted.file} of {wanted.repo}{at} again"
 
 
 def _remembered_sha256(path: Path, again: bool) -> str:

@@ -9,7 +9,6 @@ from absl import logging
 
 from ddpo_jax.config.model import hub_fault
 from ddpo_jax.errors import InputError
-from ddpo_jax.models.weights import catalogue
 from ddpo_jax.models.weights.catalogue import Entry, cache_folder, entries, entry, is_verified, verify
 from ddpo_jax.models.weights.convert import as_safetensors
 
@@ -127,7 +126,7 @@ def verify_snapshot(folder: Path, repo: str) -> None:
     Raises:
       InputError: one is not the published file.
     """
-    for known in catalogue.entries().values():
+    for known in entries().values():
         path = folder / known.file
         if (known.repo, known.revision) == (repo, folder.name) and known.pinned and path.is_file():
             if not is_verified(path, known.name):

@@ -120,7 +120,7 @@ def test_verification_is_byte_exact_and_remembered(home, known):
     assert weights.verify(path, "free") == path and not catalogue.is_verified(path, "free")  # nothing to compare with
     status = path.stat()
     path.write_bytes(b"same length!")
-    with pytest.raises(InputError, match="its sha256 is .*get part/mine.txt of owner/repository at revision 0123"):
+    with pytest.raises(InputError, match="its sha256 is .*delete it and get part/mine.txt of owner/repository at rev"):
         weights.verify(path, "mine")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert weights.verify(path, "mine") == path  # same size and time: not computed again, which is what is remembered
@@ -369,8 +369,8 @@ def test_the_list(home, known, capsys):
     printed = capsys.readouterr()
     assert f"verified: {home}/one.txt" in printed.out and f"NOT the published file: {home}/two.txt" in printed.out
     assert printed.err.splitlines() == [
-        f"error: {home}/two.txt: it has 5 bytes; two has 1; get part/two.txt of owner/repository at revision {COMMIT} "
-        "again"
+        f"error: {home}/two.txt: it has 5 bytes; two has 1; delete it and get part/two.txt of owner/repository at "
+        f"revision {COMMIT} again"
     ]
     assert cli.run(command.main, [f"--weights-dir={home}"]) == 0  # and remembers it
     assert f" verified: {home}/one.txt" in capsys.readouterr().out
