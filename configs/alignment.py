@@ -20,12 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     choose(config, "algorithm", "loop")
     choose(config, "weighting", "latent_change_squared")
     choose(config, "prompts", "mini")
-    config.num_epochs = 40
     config.prompts.category = "color"
     config.prompts.count = 8
     config.prompts.samples_per_prompt = 8
-    config.sample.guidance_scale = 1.0  # half the work, and more for reinforcement learning to mend
-    config.train.batch_size = 64
-    config.train.lora_rank = 8  # the whole UNet forgets other things faster than it learns these
-    config.train.learning_rate = 3e-3
     return with_choices(config, arg)

@@ -15,7 +15,6 @@ from ddpo_jax.config import choose, default_config, with_choices
 def get_config(arg: str = "") -> ConfigDict:
     config = default_config()
     choose(config, "reward", "jpeg_incompressibility")
-    config.num_epochs = 40
     choose(config, "weighting", "latent_change_squared")
     config.prompts.samples_per_prompt = 2  # more prompts in an epoch, less chance in its mean reward
     config.algorithm.min_count = 4  # so a prompt's own statistics count from its second draw on

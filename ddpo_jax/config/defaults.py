@@ -52,7 +52,7 @@ class Key:
 # fmt: off
 KEYS = (
     Key("seed", 0, "whole number >= 0; prompts, initial noise, step noise and shuffling all follow from it"),
-    Key("num_epochs", ByModel(90, 100), "epochs: rollout, rewards, update"),
+    Key("num_epochs", ByModel(40, 100), "epochs: rollout, rewards, update"),
     Key("model", "auto", "auto = mini on CPU, Stable Diffusion v1.5 on GPU/TPU; mini; a hub id; a diffusers folder"),
     Key("revision", "", "branch, tag or commit of a hub model; empty = the hub's main branch"),
     Key("dtype", "auto", "compute type of the networks: float32, bfloat16; auto = bfloat16 for SD on GPU/TPU"),
@@ -61,7 +61,7 @@ KEYS = (
     # The rollout.
     Key("sample.num_steps", ByModel(10, 50), "denoising steps T per image"),
     Key("sample.eta", 1.0, "noise added per DDIM step, in (0, 1]; 1 = DDPM; at 0 a step has no density to train"),
-    Key("sample.guidance_scale", 5.0,
+    Key("sample.guidance_scale", ByModel(1.0, 5.0),
         "classifier-free guidance w in rollout and update; 1 = no guidance; below 1 it still mixes both branches, "
         "where diffusers turns guidance off"),
     Key("sample.batch_size", ByModel(32, 8), "images sampled at once, over all devices"),
@@ -69,7 +69,7 @@ KEYS = (
     # The update.
     Key("train.batch_size", Computed(int), "images per optimizer update, over all devices: an epoch / its updates"),
     Key("train.microbatch_size", Computed(int), "images per forward and backward pass on one device"),
-    Key("train.learning_rate", ByModel(1.4e-4, 3e-4), "AdamW step size, constant"),
+    Key("train.learning_rate", ByModel(3e-3, 3e-4), "AdamW step size, constant"),
     Key("train.weight_decay", 1e-4, "AdamW decoupled weight decay"),
     Key("train.adam_b1", 0.9, "AdamW decay of the first moment, in [0, 1)"),
     Key("train.adam_b2", 0.999, "AdamW decay of the second moment, in [0, 1)"),
@@ -80,7 +80,7 @@ KEYS = (
     Key("train.adv_clip_max", 10.0, "advantages are clipped to +- this, in units of the advantage"),
     Key("train.timestep_fraction", ByModel(0.3, 1.0), "part of the T steps trained per image, in (0, 1], at least one"),
     Key("train.step_sampling", "importance", "how a part is drawn, no step twice: uniform, or by weight (unbiased)"),
-    Key("train.lora_rank", ByModel(0, 4), "rank of low-rank adapters on the attention; 0 = train the whole UNet"),
+    Key("train.lora_rank", ByModel(8, 4), "rank of low-rank adapters on the attention; 0 = train the whole UNet"),
     Key("train.lora_targets", ("to_q", "to_k", "to_v", "to_out.0"), "layers that get an adapter: ends of their names"),
     Key("train.ema_decay", 0.0, "decay per update of an average of the parameters, in [0, 1); 0 = no average"),
     Key("train.stop_uncond_gradient", False, "leave the unconditional branch of guidance out of the gradient"),
@@ -108,9 +108,10 @@ KEYS = (
     Key("checkpoint.keep", 2, "latest checkpoints kept; the best by reward is kept as well"),
     Key("log.images_every", 1, "epochs between image grids; 0 = none"),
     Key("log.num_images", 16, "images in a grid"),
-    Key("log.evaluate_every", 0, "epochs between evaluations on prompts and noise that all runs share; 0 = none"),
+    Key("log.evaluate_every", ByModel(10, 0), "epochs between evaluations on prompts and noise of all runs; 0 = none"),
     Key("log.evaluate_images", 128, "images of an evaluation, 4 of each prompt; they are no reward queries"),
-    Key("log.evaluate_also", (), "names of further rewards that score them and are not trained on"),
+    Key("log.evaluate_also", Computed(tuple),
+        "names of further rewards that score them and are not trained on; of the miniature's prompts two"),
 )
 # fmt: on
 BY_NAME = {key.name: key for key in KEYS}
@@ -118,7 +119,7 @@ OPEN = {key.name for key in KEYS if isinstance(key.default, ByModel | Computed)}
 
 STABLE_DIFFUSION = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 # An epoch is this many updates and a microbatch at most this many images: (the miniature, Stable Diffusion).
-UPDATES_PER_EPOCH = ByModel(1, 4)
+UPDATES_PER_EPOCH = ByModel(2, 4)
 MAX_MICROBATCH = ByModel(32, 2)
 
 

@@ -99,11 +99,13 @@ def on_miniature(config: ConfigDict, images: int, update: int) -> bool:
     if not is_miniature(config.model):
         return False
     config.num_epochs = math.ceil(QUERIES / images)
-    config.sample.num_steps = config.train.lora_rank = config.train.clip_range = None  # the miniature's own
+    config.sample.num_steps = config.train.clip_range = None  # the miniature's own
+    config.train.lora_rank = 0
     config.sample.batch_size, config.sample.num_batches_per_epoch = images, 1
     config.train.batch_size, config.train.microbatch_size = update, None
     config.train.learning_rate = learning_rate(update)
     config.mesh.data = 1
     config.checkpoint.every = config.log.images_every = max(1, config.num_epochs // SAVES)
+    config.log.evaluate_every = config.checkpoint.every
     choose(config, "prompts", "mini")
     return True

@@ -27,6 +27,8 @@ from ddpo_jax.config.override import declared_type, unknown_key
 from ddpo_jax.errors import InputError
 from ddpo_jax.types import Traits
 
+MINIATURES_OWN = ("clip_score", "mini_verifier")  # rewards that know the miniature's prompts
+
 
 def resolve(config: ConfigDict, backend: str, num_devices: int = 1) -> tuple[ConfigDict, Members]:
     """A copy in which everything that depends on the model and the machine is filled in, and its members.
@@ -63,6 +65,9 @@ def resolve(config: ConfigDict, backend: str, num_devices: int = 1) -> tuple[Con
     if config.train.clip_range is None:
         with contextlib.suppress(InputError):  # of the model, which ``validate`` reports with all other faults
             config.train.clip_range = default_clip_range(math.prod(latent_shape(config.model, config.revision)))
+    if config.log.evaluate_also is None:
+        worldly = config.model == "mini" and config.prompts.name == "mini"  # prompts that the verifier can read
+        config.log.evaluate_also = MINIATURES_OWN if worldly and config.log.evaluate_every else ()
     if config.train.batch_size is None:
         config.train.batch_size = _train_batch_size(config, traits, _pick(UPDATES_PER_EPOCH, mini))
     if config.mesh.data == -1 and backend == "cpu":

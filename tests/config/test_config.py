@@ -88,7 +88,7 @@ def test_locked_and_typed():
 
 def test_model_and_everything_with_it_follow_the_machine():
     cpu, gpu = made(), made(backend="gpu")
-    assert (cpu.model, cpu.prompts.name, cpu.dtype, cpu.train.lora_rank) == ("mini", "mini", "float32", 0)
+    assert (cpu.model, cpu.prompts.name, cpu.dtype, cpu.train.lora_rank) == ("mini", "mini", "float32", 8)
     assert (gpu.model, gpu.prompts.name, gpu.dtype) == (STABLE_DIFFUSION, "animals", "bfloat16")
     assert (gpu.sample.num_steps, gpu.train.lora_rank) == (50, 4)
     assert made("model=mini", backend="gpu").dtype == "float32"
@@ -134,8 +134,8 @@ def test_every_algorithm_runs_with_the_defaults(name, backend, devices):
 
 
 def test_default_batches():
-    assert made().train.batch_size == 128  # 32 x 4 images in 1 update
-    assert made(devices=8).train.microbatch_size == 16  # 128 / 8 devices, at most 32
+    assert made().train.batch_size == 64  # 32 x 4 images in 2 updates
+    assert made(devices=8).train.microbatch_size == 8  # 64 / 8 devices, at most 32
     assert made(backend="gpu").train.batch_size == 64  # 8 x 32 images in 4 updates
     few = "sample.batch_size=4", "sample.num_batches_per_epoch=1"
     assert made(*few, backend="gpu").train.batch_size == 4  # 1 is a part of a group
@@ -150,11 +150,11 @@ def test_coupled_losses_train_all_steps_by_default():
 
 def test_on_a_cpu_as_many_cores_work_as_split_the_batches():
     assert made(devices=8).mesh.data == 8
-    assert made("sample.batch_size=12", devices=8).mesh.data == 6  # 12 x 4 images, one update
-    assert made("sample.batch_size=12", "train.microbatch_size=24", devices=8).mesh.data == 2  # 48 / 24 microbatches
+    assert made("sample.batch_size=12", devices=8).mesh.data == 6  # 12 x 4 images, two updates of 24
+    assert made("sample.batch_size=12", "train.microbatch_size=12", devices=8).mesh.data == 2  # 24 / 12 microbatches
     assert made("mesh.fsdp=2", devices=8).mesh.data == 4
     assert made("mesh.data=2", devices=8).mesh.data == 2
-    assert made("mesh.data=2", devices=8).train.microbatch_size == 32  # of 64 images
+    assert made("mesh.data=2", devices=8).train.microbatch_size == 32  # of 32 images
     assert made(devices=8, backend="gpu").mesh.data == -1
     old, new = made(devices=2), made(devices=8)
     assert old != new and diff_that_matters(old, new) == []

@@ -60,6 +60,7 @@ VAE = VAEConfig(
 SETTINGS: dict[str, Any] = {
     "num_epochs": 2,
     "checkpoint.every": 1,
+    "log.evaluate_every": 0,
     "sample.num_steps": 3,
     "sample.batch_size": 8,
     "sample.num_batches_per_epoch": 1,
