@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.Arguments, pathlib.Path, Plan]:
         faults.append(str(error))
     if faults:
         raise InputError("\n".join(faults))
-    return arguments, pathlib.Path(args.out).expanduser(), Plan(what, args.num_prompts, args.repeats, args.branches)
+    return arguments, pathlib.Path(args.out), Plan(what, args.num_prompts, args.repeats, args.branches)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     config = flags.load(arguments)
     choose(config, "weighting", "uniform")  # the one of the config may need the table that this writes
     ready = make_ready(config, *cli.start_jax())
-    cli.folder_to_write(out, "--out")
+    out = cli.folder_to_write(out, "--out")
     table = measure(ready, plan)
     write(table, out)
     print(text(table))

@@ -50,12 +50,11 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"{wrong[0]}: received no value; write {wrong[0]}=VALUE, which every run gets")
     file = pathlib.Path(args.file)
     plan = sweep.load(file)
-    out = pathlib.Path(args.out).expanduser() if args.out else pathlib.Path("runs") / "sweeps" / file.stem
+    out = cli.folder_to_write(args.out or pathlib.Path("runs") / "sweeps" / file.stem, "--out")
     todo = sweep.jobs(plan, file, out, _seeds(args.seeds), args.only, extra)
     if args.dry_run:
         print("\n".join(" ".join(command) for job in todo for command in job.commands.values()))
         return
-    cli.folder_to_write(out, "--out")
     failed = sweep.Runner(lambda line: print(line, file=sys.stderr, flush=True)).run(todo, args.parallel)
     print("\n\n".join(sweep.summarise(todo, failed, out, plan)))
     if failed:

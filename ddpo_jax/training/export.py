@@ -33,13 +33,12 @@ def export(workdir: str, out: str, epoch: Epoch = "latest", ema: bool = False, f
       RunFailure: the disk is full.
     """
     config = read_config(workdir)
-    folder = pathlib.Path(out).expanduser()
     rank = config.train.lora_rank
     if form == "lora" and not rank:
         raise InputError("--format: received 'lora'; the run trained the whole UNet; use --format=folder")
-    if folder.exists() and folder.resolve() == pathlib.Path(config.model).expanduser().resolve():
+    folder = folder_to_write(out, "--out")
+    if folder.resolve() == pathlib.Path(config.model).expanduser().resolve():
         raise InputError(f"--out: received '{out}'; that is the model the run started from; give another folder")
-    folder_to_write(out, "--out")
     number, params = read_params(workdir, config, epoch, ema)
     what = f"epoch {number} of {workdir}" + (", averaged" if ema else "")
     if rank and form != "folder":

@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from ddpo_jax.errors import InputError, Interrupted, RunFailure, one_line
-from ddpo_jax.workdir import checksums
+from ddpo_jax.workdir import checksums, files
 from ddpo_jax.workdir.checksums import Damaged
 
 __all__ = ["Checkpointer", "Damaged"]
@@ -88,6 +88,7 @@ class Checkpointer:
         except Exception as error:  # orbax raises many kinds
             fix = "put that right, or use another --workdir"
             raise InputError(f"checkpoints: {self.folder} cannot be opened: {_cause(error)}; {fix}") from error
+        self._file = os.open(self.folder, os.O_RDONLY)
         for epoch in manager.all_steps():
             self._rewards[epoch] = _reward(self.folder / str(epoch))
         return manager
@@ -109,6 +110,7 @@ class Checkpointer:
           RunFailure: this checkpoint, or the one whose save was started before, cannot be written.
         """
         with self._writing():
+            self._make_again()
             self._manager.check_for_errors()
             if epoch in self._manager.all_steps():
                 return False
@@ -123,18 +125,24 @@ class Checkpointer:
             return self._write(epoch, stored, reward_mean)
 
     def _write(self, epoch: int, stored: dict[str, Any], reward_mean: float) -> bool:
-        if not self.folder.is_dir():
-            if not self.folder.parent.is_dir():
-                raise RunFailure(f"{self.folder.parent} was removed or renamed while the run went on")
-            logging.warning("%s was removed while the run went on: it is made again", self.folder)
-            with contextlib.suppress(Exception):  # what it still had to write has no place any more
-                self._manager.close()
-            self.folder.mkdir()
-            self._manager = self._open()
         self._rewards[epoch] = -math.inf if math.isnan(reward_mean) else float(reward_mean)
         reward = ocp.args.JsonSave({"reward_mean": self._rewards[epoch]})
         items = ocp.args.Composite(arrays=ocp.args.PyTreeSave(stored), reward=reward)
         return self._manager.save(epoch, args=items, force=True)
+
+    def _make_again(self) -> None:
+        """Starts with an empty folder where the one that was opened is not any more."""
+        if files.is_at(self._file, self.folder):
+            return
+        if not self.folder.parent.is_dir():
+            raise RunFailure(f"{self.folder.parent} was removed or renamed while the run went on")
+        logging.warning("%s was removed while the run went on: it is made again", self.folder)
+        with contextlib.suppress(Exception):  # what it still had to write has no place any more
+            self._manager.close()
+        shutil.rmtree(self.folder, ignore_errors=True)  # half of a save that was in progress
+        self.folder.mkdir(exist_ok=True)
+        os.close(self._file)
+        self._manager = self._open()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -284,6 +292,7 @@ class Checkpointer:
         finally:
             with contextlib.suppress(Exception):  # of the failed save once more
                 self._manager.close()
+            os.close(self._file)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -293,6 +302,7 @@ class Checkpointer:
             try:
                 if error is not None and self._held is not None:
                     with self._writing():
+                        self._make_again()
                         self._write(*self._held)
             finally:
                 self.close()

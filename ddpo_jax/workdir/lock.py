@@ -62,9 +62,9 @@ class Lock:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stop.set()
         self._thread.join(timeout=BEAT_S)
-        if files.is_at(self._file, self._path):
-            with contextlib.suppress(OSError):
-                self._path.unlink()
+        with contextlib.suppress(OSError):  # wherever the folder is by now
+            if os.path.samestat(os.fstat(self._file), os.stat(FILE, dir_fd=self._folder)):
+                os.unlink(FILE, dir_fd=self._folder)
         os.close(self._file)
         os.close(self._folder)
 
