@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from ddpo_jax.errors import InputError, Interrupted, RunFailure, one_line
-from ddpo_jax.workdir import checksums, files
+from ddpo_jax.workdir import checksums, files, named
 from ddpo_jax.workdir.checksums import Damaged
 
 __all__ = ["Checkpointer", "Damaged"]
@@ -114,7 +114,7 @@ class Checkpointer:
             self._manager.check_for_errors()
             if epoch in self._manager.all_steps():
                 return False
-            stored = _to_stored(arrays)
+            stored = named.to_stored(arrays)
             if not force and epoch % self._every:
                 copies = {
                     name: np.array(leaf) if isinstance(leaf, jax.Array) else leaf for name, leaf in stored.items()
@@ -139,7 +139,6 @@ class Checkpointer:
         logging.warning("%s was removed while the run went on: it is made again", self.folder)
         with contextlib.suppress(Exception):  # what it still had to write has no place any more
             self._manager.close()
-        shutil.rmtree(self.folder, ignore_errors=True)  # half of a save that was in progress
         self.folder.mkdir(exist_ok=True)
         os.close(self._file)
         self._manager = self._open()
@@ -202,16 +201,16 @@ class Checkpointer:
           Damaged: it cannot be read.
           InputError: there is no such checkpoint, or it is of another configuration.
         """
-        wanted = _flatten(like)
+        wanted = named.flatten(like)
         with self._reading(epoch):
             stored = {
                 name: (tuple(entry.shape), np.dtype(entry.dtype))
                 for name, entry in dict(self._manager.item_metadata(epoch)["arrays"].tree).items()
             }
             # orbax writes no array without elements: an empty buffer is wanted, and there is none.
-            empty = {name for name, leaf in wanted.items() if name not in stored and _is_empty(leaf)}
-            _compare(self.folder / str(epoch), {n: leaf for n, leaf in wanted.items() if n not in empty}, stored)
-            restore_args = {name: _restore_args(leaf) for name, leaf in wanted.items() if name not in empty}
+            empty = {name for name, leaf in wanted.items() if name not in stored and named.is_empty(leaf)}
+            named.compare(self.folder / str(epoch), {n: leaf for n, leaf in wanted.items() if n not in empty}, stored)
+            restore_args = {name: named.restore_args(leaf) for name, leaf in wanted.items() if name not in empty}
             item = dict.fromkeys(restore_args, 0)
             values = self._manager.restore(
                 epoch, args=ocp.args.Composite(arrays=ocp.args.PyTreeRestore(item, restore_args=restore_args))
@@ -354,49 +353,3 @@ def _reward(folder: pathlib.Path) -> float:
         return float(json.loads(path.read_text(encoding="utf-8"))["reward_mean"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return -math.inf
-
-
-def _flatten(tree: Any) -> dict[str, Any]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _to_stored(tree: Any) -> dict[str, Any]:
-    """What orbax writes: arrays without elements are left out, because it refuses them."""
-    stored: dict[str, Any] = {}
-    for name, leaf in _flatten(tree).items():
-        if not isinstance(leaf, jax.Array):
-            leaf = np.array(leaf)  # a copy: the caller may go on writing into its own
-        elif leaf.is_fully_replicated and jax.process_count() == 1:
-            leaf = leaf.addressable_data(0)  # of a replicated array orbax has every device cut and write a slice
-        if leaf.size:
-            stored[name] = leaf
-    return stored
-
-
-def _is_empty(leaf: Any) -> bool:
-    return not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct) and np.size(leaf) == 0
-
-
-def _restore_args(leaf: Any) -> ocp.RestoreArgs:
-    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        return ocp.RestoreArgs(restore_type=np.ndarray)
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return ocp.ArrayRestoreArgs(sharding=sharding)
-
-
-def _compare(folder: pathlib.Path, wanted: dict[str, Any], stored: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None:
-    """Raises InputError that lists what is missing, left over, or of another shape or dtype."""
-    faults = [f"missing: {name}" for name in wanted if name not in stored]
-    faults += [f"unexpected: {name}" for name in stored if name not in wanted]
-    for name in wanted.keys() & stored.keys():
-        leaf = wanted[name]
-        on_device = isinstance(leaf, jax.Array | jax.ShapeDtypeStruct)
-        leaf = leaf if on_device else np.asarray(leaf)
-        shape, dtype = stored[name]
-        free = 0 if on_device or not leaf.ndim else 1  # a host array's leading length (a replay buffer) may differ
-        if (len(shape), shape[free:], dtype) != (leaf.ndim, leaf.shape[free:], leaf.dtype):
-            faults.append(f"{name}: stored {dtype}{list(shape)}, expected {leaf.dtype}{list(leaf.shape)}")
-    if faults:
-        shown = "; ".join(sorted(faults)[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else "")
-        raise InputError(f"checkpoint {folder} is of another configuration: {shown}. Use another --workdir.")

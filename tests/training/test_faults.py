@@ -6,6 +6,7 @@ end is, number for number, what a run has written that nothing disturbed.
 
 import contextlib
 import errno
+import fcntl
 import os
 import pathlib
 import pty
@@ -13,7 +14,9 @@ import re
 import select
 import shutil
 import signal
+import struct
 import subprocess
+import termios
 import time
 
 import numpy as np
@@ -194,6 +197,7 @@ def test_a_second_run_is_refused_and_a_hanging_reward_keeps_nobody(starter, fold
 def test_a_closed_terminal_saves(starter, folder, finished, tmp_path, argv):
     """The run's terminal goes away while the first epoch is scored: there is nobody to write to any more."""
     leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     run = starter.start(argv, terminal=os.ttyname(follower), TINY_SLEEP_AT="0")
     shown = ""
     while "sampling" not in shown and select.select([leader], [], [], 300)[0]:
