@@ -63,7 +63,7 @@ def test_the_command_writes_a_captioned_grid_and_one_line(folder, tmp_path, caps
         (["--model=mini", "--prompt=a", "--guidance=nan"], "--guidance: received nan"),
         (["--model=mini", "--prompt=a", "--num-images=0"], "--num-images"),
         (["--model=mini", "--prompt=a", "--out=grid"], "it must end in .png"),
-        (["--model=mini", "--prompt=a", "--seed=-1"], "--seed: received -1"),
+        (["--model=mini", "--prompt=a", "--seed=-1"], "--seed: received '-1'"),
         (["--workdir=nowhere", "--prompt=a"], "no config.json"),
         (["--model=nowhere/at/all", "--prompt=a"], "no such folder"),
     ],

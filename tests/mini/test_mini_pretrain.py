@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ddpo_jax.commands import _cli as cli
+from ddpo_jax.commands import pretrain as command
 from ddpo_jax.mini import grammar, pretrain, quality, stages, training, world
 from ddpo_jax.models import pipeline
 from ddpo_jax.rewards import mini_verifier
@@ -152,7 +154,7 @@ def test_the_bank_has_unit_variance_and_the_animals_are_words(tiny):
 def tiny(tmp_path_factory):
     """A work directory in which the whole command was run at tiny scale."""
     workdir = tmp_path_factory.mktemp("pretrain")
-    assert pretrain.main(["--workdir", str(workdir), "--scale", "tiny"]) == 0
+    assert cli.run(command.main, ["--workdir", str(workdir), "--scale", "tiny"]) == 0
     return workdir
 
 
@@ -184,7 +186,7 @@ def test_the_command_writes_every_asset(tiny):
 @pytest.mark.slow
 def test_a_second_start_does_nothing_again(tiny, capsys):
     before = (tiny / "unet" / "checkpoint.npz").stat().st_mtime_ns
-    assert pretrain.main(["--workdir", str(tiny), "--scale", "tiny", "--stages", "verifier,unet"]) == 0
+    assert cli.run(command.main, ["--workdir", str(tiny), "--scale", "tiny", "--stages", "verifier,unet"]) == 0
     assert "unet: already trained" in capsys.readouterr().out
     assert (tiny / "unet" / "checkpoint.npz").stat().st_mtime_ns == before
 
@@ -197,7 +199,7 @@ def test_a_second_start_does_nothing_again(tiny, capsys):
     ],
 )
 def test_mistakes_give_one_line_and_exit_code_2(tmp_path, capsys, arguments, says):
-    assert pretrain.main(["--workdir", str(tmp_path), *arguments]) == 2
+    assert cli.run(command.main, ["--workdir", str(tmp_path), *arguments]) == 2
     error = capsys.readouterr().err
     assert says in error and error.count("\n") == 1
 

@@ -92,7 +92,7 @@ def test_missing_damaged_and_wrong_weights_are_one_line(image_reward_options, vq
     refused("reward.batch_size: received 0; it must be at least 1", blip=folder, batch_size=0)
     weights = (tmp_path / "ImageReward.pt", f"{folder}/ImageReward.pt")
     weights[0].write_bytes(open(weights[1], "rb").read()[:5000])
-    refused("reward.blip: received .*ImageReward.pt: not a zip-format torch file", blip=str(tmp_path))
+    refused("reward.blip: received .*ImageReward.pt: refused: not a zip-format torch file", blip=str(tmp_path))
     shutil.copy(weights[1], weights[0])
     refused("reward.blip: received .*no vocab.txt; put that of google-bert", blip=str(tmp_path))
     vocabulary = "".join(f"{token}\n" for token in [*tiny_blip.VOCABULARY, "more"])

@@ -60,7 +60,7 @@ def test_one_category_alone(untrained, pictures):
 
 def test_what_cannot_be_scored_is_one_line(untrained, pictures, tmp_path, monkeypatch):
     with RewardRunner(make(), name="mini_verifier") as runner:
-        with pytest.raises(RewardError, match=r"'mini_verifier' raised ValueError: .*'a green dragon'") as caught:
+        with pytest.raises(RewardError, match=r"'mini_verifier' raised InputError: .*'a green dragon'") as caught:
             runner.submit(pictures, ["a red circle", "a green dragon", "a red circle"], [{}] * 3).result()
         assert "\n" not in str(caught.value)
         with pytest.raises(RewardError, match=r"3,\s?64,\s?64,\s?3"):

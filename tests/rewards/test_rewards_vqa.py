@@ -26,7 +26,14 @@ QUESTIONS = [
     ["the soft?", "blue?", "yes?"],
     ["the red circle?"],
 ]
-METADATA = [{}, {}, {}, {"chunks": ["The SOFT", "(blue)", "yes", "the left"]}, {"chunks": ["the red circle"]}]
+FIVE = ["a red circle", "a blue square", "the left", "the yes", "a no", "hello"]  # "no" alone is no noun by rule
+METADATA = [
+    {},
+    {},
+    {"chunks": FIVE},
+    {"chunks": ["The SOFT", "(blue)", "yes", "the left"]},
+    {"chunks": ["the red circle"]},
+]
 
 
 def make(**options):

@@ -164,12 +164,12 @@ def test_one_part_of_one_prompt(capsys, config_file, tmp_path, no_network):
     [
         (["--what=variance"], "--what: received 'variance'; it must be x0_change, branch_variance or both"),
         (["--branches=1"], "--branches: received 1; a variance takes at least 2"),
-        (["--num-prompts=0"], "argument --num-prompts: received '0'; it must be a whole number of at least 1"),
+        (["--num-prompts=0"], "--num-prompts: received '0'; it must be a whole number of at least 1"),
         (["--nonsense=3"], "unknown flag '--nonsense'"),
         (["--workdir=x"], "--workdir: this is no run; results go to --out"),
         (["--config.sample.num_steps=0"], "sample.num_steps: received 0"),
         (["--config.nonsense=0"], "unknown key 'nonsense'"),
-        (["--config.model=./nowhere"], "model: received './nowhere'; the folder does not exist"),
+        (["--config.model=./nowhere"], "model: received './nowhere'; no such folder"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(capsys, config_file, tmp_path, flags, message):
@@ -184,7 +184,7 @@ def test_out_must_be_given_and_writable(capsys, config_file, tmp_path):
     assert code == 2 and "--out" in errors[0]
     (tmp_path / "file").write_text("")
     code, _, errors = run(capsys, f"--config={config_file}", f"--out={tmp_path / 'file'}")
-    assert code == 2 and "--out: received" in errors[0] and "it is a file" in errors[0]
+    assert code == 2 and "--out: received" in errors[0] and "a file stands in its place" in errors[0]
 
 
 def test_a_reward_that_fails_is_exit_code_1(capsys, config_file, tmp_path, monkeypatch, no_network):

@@ -269,7 +269,7 @@ def run_epoch(folder, **overrides):
     ready = tiny.tiny_ready(folder, **{"mesh.data": 1, "train.microbatch_size": 2} | overrides)
     parts, config = build(ready), ready.config
     state = parts.init()
-    rollout = parts.collector.collect(0, state.params, parts.model.frozen, parts.uncond)
+    rollout = parts.collector.collect(0, state.params)
     _, row = epochs.update(parts, config, state, PromptStats(), rollout, 0)
     return config, rollout, row
 

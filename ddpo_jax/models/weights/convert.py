@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from ddpo_jax.errors import InputError, one_line
+from ddpo_jax.errors import InputError, RunFailure, one_line
 from ddpo_jax.models.weights.catalogue import cache_folder
 from ddpo_jax.models.weights.safetensors import read_metadata, read_safetensors, write_safetensors
 from ddpo_jax.models.weights.torch_zip import read_pickle_tensors
@@ -58,7 +58,7 @@ def as_safetensors(path: PathLike) -> Path:
         try:
             write_safetensors(target, tensors, wanted)
             return target
-        except OSError as error:
+        except (OSError, RunFailure) as error:  # no permission, no room
             logging.info("%s: cannot be written (%s)", target, one_line(error))
     return path
 

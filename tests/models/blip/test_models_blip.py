@@ -8,7 +8,8 @@ import pytest
 import tiny_blip
 from flax import nnx
 
-from ddpo_jax import errors, weights
+from ddpo_jax import errors
+from ddpo_jax.models import weights
 from ddpo_jax.models.blip import checkpoint, networks, text, vision
 
 torch = pytest.importorskip("torch")
