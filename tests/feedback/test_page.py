@@ -14,6 +14,8 @@ from ddpo_jax.feedback.answers import image_name
 from ddpo_jax.feedback.queue import Queue, Stopped
 from ddpo_jax.serving.server import Server
 
+pytestmark = pytest.mark.slow  # minutes in a browser, and longer on a busy machine
+
 RNG = np.random.default_rng(4)
 COLOURS = RNG.integers(0, 256, (8, 1, 1, 3), dtype=np.uint8)
 IMAGES = np.ascontiguousarray(np.broadcast_to(COLOURS, (8, 24, 32, 3)))

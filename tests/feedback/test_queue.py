@@ -302,7 +302,7 @@ def test_the_log_says_what_is_waited_for_at_growing_intervals(tmp_path, monkeypa
     threading.Timer(1.0, waiting.close).start()
     with pytest.raises(Stopped):
         waiting.rate(IMAGES[:2], ["a", "a"], "http://here")
-    times, texts = zip(*said, strict=True)
-    assert set(texts) == {"waiting for people: 0 of 2 answers given; rate at http://here"}
+    own = "waiting for people: 0 of 2 answers given; rate at http://here"  # threads of other tests may speak too
+    times = [when for when, text in said if text == own]
     assert 3 <= len(times) <= 8  # at 0, 0.02, 0.04, 0.08, ... not at every 0.02
     assert times[-1] - times[-2] > times[2] - times[1]
