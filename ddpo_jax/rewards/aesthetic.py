@@ -27,7 +27,7 @@ from ddpo_jax.models.clip import CLIPVisionProjected
 from ddpo_jax.rewards._shared import clip as _clip
 
 AUTO = {"weights": ("mini", "laion")}
-PUBLISHED = "sac+logos+ava1-l14-linearMSE.pth"
+PUBLISHED = "aesthetic_head"  # LAION's head in the catalogue of weights
 
 
 def default_config() -> ConfigDict:
@@ -35,7 +35,8 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.weights = "auto"  # mini = embedded miniature; laion = CLIP L/14 and LAION's head; auto = by the model
     config.clip = ""  # CLIP folder, hub id or file; empty = the miniature's, or openai/clip-vit-large-patch14
-    config.head = ""  # head: a .pth or .safetensors file; empty = the miniature's. laion needs it
+    config.head = ""  # head: a .pth or .safetensors file; empty = the miniature's, or LAION's
+    config.weights_dir = ""  # folder with the published files; empty = $DDPO_WEIGHTS, the caches, then the hub
     config.dtype = "float32"  # of the tower's products: float32, or bfloat16: faster, but good to 2 digits only
     config.batch_size = 32  # images per call of the network
     return config
@@ -53,9 +54,8 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
       InputError: weights are missing, are not the published ones under their name, or do not fit together.
     """
     _clip.check("reward.weights", config.weights, AUTO["weights"])
-    dtype = _clip.compute_type(config)
     head_file = _head_file(config)  # looked for first: the CLIP may have to be downloaded
-    vision, processor = _clip.load_vision(_clip.find(config, _clip.L14), _clip.L14, dtype)
+    vision, processor = _clip.load_vision(config, _clip.L14)
     head = load_head(head_file, vision.config.projection_dim)
 
     def score(networks: _Networks, images: Array) -> Array:
@@ -74,11 +74,14 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
 def _head_file(config: ConfigDict) -> Path:
     if not config.head and config.weights == "mini":
         return _clip.embedded("aesthetic", "reward.weights", "mini") / "head.safetensors"
+    if not config.head:
+        return weights.find_weights(PUBLISHED, config.weights_dir)
     path = Path(config.head).expanduser()
-    if not config.head or not path.is_file():
+    if not path.is_file():
+        known = weights.entry(PUBLISHED)
         raise InputError(
-            f"reward.head={config.head!r}: no such file; give LAION's {PUBLISHED} "
-            "(repository christophschuhmann/improved-aesthetic-predictor), or use reward.weights=mini"
+            f"reward.head={config.head!r}: no such file; give LAION's {known.file} "
+            f"(repository {known.repo}), or use reward.weights=mini"
         )
     return path
 
@@ -87,17 +90,17 @@ def load_head(path: Path, embed_dim: int) -> aesthetic_head.AestheticHead:
     """The head in a file; one with the published name must be the published file, byte for byte.
 
     Args:
-      path: .pth, or .safetensors with a config.json beside it if the widths are not the published ones.
+      path: of the file; head.safetensors may have other widths than the published ones, in a config.json beside it.
       embed_dim: width of the CLIP's embeddings.
 
     Raises:
       InputError: it is another file, or does not read embeddings of that width.
     """
     with _clip.blamed("reward.head", path):
-        if path.name == PUBLISHED:
-            weights.verify(path, "aesthetic_head")
+        if path.name == weights.entry(PUBLISHED).file:
+            weights.verify(path, PUBLISHED)
         values = {"embed_dim": embed_dim}
-        if (path.parent / "config.json").is_file() and path.suffix == ".safetensors":
+        if (path.parent / "config.json").is_file() and path.name == "head.safetensors":
             values = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
         head_config = aesthetic_head.AestheticHeadConfig.from_dict(values)
         if head_config.embed_dim != embed_dim:
@@ -105,5 +108,4 @@ def load_head(path: Path, embed_dim: int) -> aesthetic_head.AestheticHead:
                 f"it reads embeddings of width {head_config.embed_dim}, but reward.clip gives {embed_dim}; "
                 "give the CLIP that the head was trained on"
             )
-        read = weights.read_safetensors if path.suffix == ".safetensors" else weights.read_pickle_tensors
-        return keys.load(aesthetic_head.AestheticHead, head_config, read(path))
+        return keys.load(aesthetic_head.AestheticHead, head_config, weights.read_file(path))

@@ -32,6 +32,7 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.weights = "auto"  # mini = the embedded miniature; B/32, L/14 = OpenAI's; auto = mini or B/32, by the model
     config.clip = ""  # CLIP folder or hub id with tokenizer; empty = the one that weights names
+    config.weights_dir = ""  # folder with the published files; empty = $DDPO_WEIGHTS, the caches, then the hub
     config.scale = "1"  # 1 = cosine; 100 = 100 cosine; clipscore = 2.5 max(cosine, 0)
     config.dtype = "float32"  # of the network's products: float32, or bfloat16: faster, but good to 2 digits only
     config.batch_size = 32  # images, and prompts, per call of the network
@@ -46,8 +47,8 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
     """
     _clip.check("reward.weights", config.weights, WEIGHTS)
     _clip.check("reward.scale", config.scale, SCALES)
-    dtype, published, scale = _clip.compute_type(config), WEIGHTS[config.weights], SCALES[config.scale]
-    model, tokenizer, processor = _clip.load_clip(_clip.find(config, published), published, dtype)
+    model, tokenizer, processor = _clip.load_clip(config, WEIGHTS[config.weights])
+    scale = SCALES[config.scale]
     cosines = _clip.cosine(model, tokenizer, config.batch_size, processor, processor.crop)
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):

@@ -15,6 +15,7 @@ To check an installation: Stable Diffusion 1.4 averages 0.2695 by v2 and 0.2535 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,11 +28,7 @@ from ddpo_jax.models import clip, preprocess
 from ddpo_jax.rewards._shared import clip as _clip
 
 AUTO = {"weights": ("mini", "full")}
-_COMMIT = "697403c78157020a1ae59d23f111aa58ced35b0a"
-VERSIONS = {
-    "v2": _clip.Published("xswu/HPSv2", _COMMIT, ("HPS_v2_compressed.pt",), clip.H14),
-    "v2.1": _clip.Published("xswu/HPSv2", _COMMIT, ("HPS_v2.1_compressed.pt",), clip.H14),
-}
+VERSIONS = {"v2": _clip.Published("hps_v2", clip.H14), "v2.1": _clip.Published("hps_v2_1", clip.H14)}
 
 
 def default_config() -> ConfigDict:
@@ -40,6 +37,7 @@ def default_config() -> ConfigDict:
     config.weights = "auto"  # mini = the embedded miniature's CLIP; full = HPS; auto = by the model
     config.version = "v2.1"  # of HPS: v2 or v2.1; their scores are not comparable
     config.clip = ""  # the version's .pt file, or its folder; empty = the one that weights names
+    config.weights_dir = ""  # folder with the published files; empty = $DDPO_WEIGHTS, the caches, then the hub
     config.antialias = True  # resize as torchvision >= 0.17 does by default; False as before
     config.dtype = "float32"  # of the network's products: float32, or bfloat16: faster, but good to 2 digits only
     config.batch_size = 16  # images, and prompts, per call of the network
@@ -54,15 +52,14 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
     """
     _clip.check("reward.weights", config.weights, AUTO["weights"])
     _clip.check("reward.version", config.version, VERSIONS)
-    dtype, published = _clip.compute_type(config), VERSIONS[config.version]
-    path = _clip.find(config, published)
+    published, file = VERSIONS[config.version], Path(config.clip).name
     for version, other in VERSIONS.items():
-        if version != config.version and path.name in other.files:
+        if version != config.version and file == other.file:
             raise InputError(
                 f"reward.version={config.version!r}: received the weights of {version} in reward.clip={config.clip!r}; "
-                f"give {published.files[0]}, or set reward.version={version}"
+                f"give {published.file}, or set reward.version={version}"
             )
-    model, tokenizer, _ = _clip.load_clip(path, published, dtype, exact=config.weights == "full")
+    model, tokenizer, _ = _clip.load_clip(config, published, exact=config.weights == "full")
     size = model.config.vision.image_size
     cosine = _clip.cosine(model, tokenizer, config.batch_size, lambda images: pixels(images, size, config.antialias))
 

@@ -18,9 +18,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
+from ddpo_jax.models import clip
 from ddpo_jax.rewards._shared import clip as _clip
 
 AUTO = {"weights": ("mini", "full")}
+PUBLISHED = _clip.Published("pickscore", clip.H14)
 
 
 def default_config() -> ConfigDict:
@@ -28,6 +30,7 @@ def default_config() -> ConfigDict:
     config = ConfigDict()
     config.weights = "auto"  # mini = the embedded miniature's CLIP; full = PickScore; auto = by the model
     config.clip = ""  # folder or hub id, or the file model.safetensors; empty = the one that weights names
+    config.weights_dir = ""  # folder with the published files; empty = $DDPO_WEIGHTS, the caches, then the hub
     config.scale = 1.0  # factor of the score; 0.01 = as PRDP
     config.dtype = "float32"  # of the network's products: float32, or bfloat16: faster, but good to 2 digits only
     config.batch_size = 16  # images, and prompts, per call of the network
@@ -43,9 +46,7 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
     _clip.check("reward.weights", config.weights, AUTO["weights"])
     if not (math.isfinite(config.scale) and config.scale > 0):
         raise InputError(f"reward.scale={config.scale}: must be a positive number; 1 or 0.01 are in use")
-    dtype = _clip.compute_type(config)
-    path = _clip.find(config, _clip.PICKSCORE)
-    model, tokenizer, processor = _clip.load_clip(path, _clip.PICKSCORE, dtype, exact=config.weights == "full")
+    model, tokenizer, processor = _clip.load_clip(config, PUBLISHED, exact=config.weights == "full")
     factor = config.scale * float(np.exp(np.asarray(model.logit_scale[...])))
     cosines = _clip.cosine(model, tokenizer, config.batch_size, processor, processor.crop)
 

@@ -13,6 +13,8 @@ from ddpo_jax.models import aesthetic_head, clip, weights
 from ddpo_jax.rewards import aesthetic
 from ddpo_jax.rewards._shared import clip as _clip
 
+FILE = "sac+logos+ava1-l14-linearMSE.pth"
+
 
 def configured(**options):
     config = aesthetic.default_config()
@@ -48,13 +50,19 @@ def head_file(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def nothing_at_home(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.delenv("DDPO_WEIGHTS", raising=False)
+
+
 def published_head():
     """LAION's head, of which the repository holds no copy: in the folder ``shared`` beside it, or in DDPO_SHARED."""
     root = pathlib.Path(__file__).resolve().parents[2]
-    path = pathlib.Path(os.environ.get("DDPO_SHARED", root.parent / "shared")) / "weights" / aesthetic.PUBLISHED
+    path = pathlib.Path(os.environ.get("DDPO_SHARED", root.parent / "shared")) / "weights" / FILE
     if not path.is_file():
         pytest.fail(
-            f"{path} is not there: this test needs {aesthetic.PUBLISHED} of the repository "
+            f"{path} is not there: this test needs {FILE} of the repository "
             "christophschuhmann/improved-aesthetic-predictor in weights/ of the folder that DDPO_SHARED names"
         )
     return path
@@ -68,12 +76,19 @@ def test_published_head_gives_the_anchor_values():
     np.testing.assert_allclose(scores, [4.883285, 4.545052, 4.883285], atol=5e-6)
 
 
+def test_the_published_head_is_found_in_a_folder_of_weights(clip_folder, tmp_path):
+    (tmp_path / FILE).write_bytes(published_head().read_bytes())
+    config = configured(weights="laion", clip=str(clip_folder), weights_dir=str(tmp_path))
+    with pytest.raises(InputError, match=r"reward.head=.*1 of wrong shape: layers.0.weight \[1024, 768\]"):
+        aesthetic.make(config)  # found, verified and read: it only is not this small CLIP's
+
+
 def test_another_file_under_the_published_name_is_refused(clip_folder, tmp_path):
     data = bytearray(published_head().read_bytes())
     data[-2000] ^= 1
-    (tmp_path / aesthetic.PUBLISHED).write_bytes(data)
-    config = configured(weights="laion", clip=str(clip_folder), head=str(tmp_path / aesthetic.PUBLISHED))
-    with pytest.raises(InputError, match=r"^reward.head=.*sha256 is [0-9a-f]{64}.*21dd590f") as caught:
+    (tmp_path / FILE).write_bytes(data)
+    config = configured(weights="laion", clip=str(clip_folder), head=str(tmp_path / FILE))
+    with pytest.raises(InputError, match=r"^reward.head=.*sha256 is [0-9a-f]{64}; that of .* is 21dd590f") as caught:
         aesthetic.make(config)
     assert "\n" not in str(caught.value)
 
@@ -119,8 +134,12 @@ def test_folder_layout_of_the_embedded_weights(clip_folder, head_file, images, t
 def test_missing_and_wrong_weights_are_named(clip_folder, head_file, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"reward.weights='auto': must be mini or laion"):
         aesthetic.make(configured())
-    with pytest.raises(InputError, match=r"reward.head='': no such file; give LAION's .*\.pth"):
+    with pytest.raises(
+        InputError, match=r"sac.*\.pth is not there, and no model hub has it; get it from the repository chr"
+    ):
         aesthetic.make(configured(weights="laion"))  # said before the CLIP is read, or even downloaded
+    with pytest.raises(InputError, match=r"reward.head='/no/head': no such file; give LAION's sac.*\.pth"):
+        aesthetic.make(configured(weights="laion", head="/no/head"))
     with pytest.raises(
         InputError,
         match=r"reward.clip='/no/clip': no such folder or file; give model.safetensors of the hub repository openai/",

@@ -8,7 +8,6 @@ import pytest
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import preprocess
 from ddpo_jax.rewards import hps
-from ddpo_jax.rewards._shared import clip as _clip
 
 PROMPTS = ["a red circle left of a blue square", "two striped green stars", "a dog", "a dog", "Zebra, 17!"]
 FILE = "HPS_v2.1_compressed.pt"
@@ -67,19 +66,16 @@ def test_all_ways_to_give_the_weights_are_the_same(hps_folder, h14_folder, image
         (tmp_path / name).write_bytes((hps_folder / name).read_bytes())
     np.testing.assert_array_equal(score(tmp_path, images, version="v2"), want)  # a file inside its folder
 
-    # From the hub: the file of one repository, the tokenizer of another.
-    import huggingface_hub
-
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / FILE).symlink_to(hps_folder / FILE)
-    folders = {"xswu/HPSv2": tmp_path / "hub", _clip.B32.repo: hps_folder}
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **_: str(folders[repo]))
-    np.testing.assert_array_equal(score("", images), want)
-    del folders[_clip.B32.repo]
-    with pytest.raises(
-        InputError, match=rf"tokenizer: needs merges.txt .*openai/.*put its vocab.json .* beside {FILE}"
-    ):
-        score("", images)
+    # From a folder of published files: the weights of one repository, the tokenizer of another.
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    store = tmp_path / "store"
+    (store / "xswu/HPSv2").mkdir(parents=True)
+    (store / "xswu/HPSv2/HPS_v2_compressed.pt").write_bytes((hps_folder / FILE).read_bytes())
+    with pytest.raises(InputError, match=r"weights clip_tokenizer: tokenizer.json of the hub repository openai/"):
+        score("", images, version="v2", weights_dir=str(store))
+    (store / "tokenizer.json").write_bytes((h14_folder / "tokenizer.json").read_bytes())
+    (store / "tokenizer_config.json").write_bytes((h14_folder / "tokenizer_config.json").read_bytes())
+    np.testing.assert_array_equal(score("", images, version="v2", weights_dir=str(store)), want)
 
 
 def test_bfloat16_is_close(hps_folder, images):

@@ -5,7 +5,6 @@ import pytest
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.rewards import pickscore
-from ddpo_jax.rewards._shared import clip as _clip
 
 PROMPTS = ["a red circle left of a blue square", "two striped green stars", "a dog", "a dog", "Zebra, 17!"]
 
@@ -13,7 +12,7 @@ PROMPTS = ["a red circle left of a blue square", "two striped green stars", "a d
 @pytest.fixture(autouse=True)
 def small(monkeypatch, h14_config):
     """The published network is the small one."""
-    monkeypatch.setattr(_clip, "PICKSCORE", _clip.PICKSCORE._replace(config=h14_config))
+    monkeypatch.setattr(pickscore, "PUBLISHED", pickscore.PUBLISHED._replace(config=h14_config))
 
 
 def score(clip, images, **options):

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Float32, UInt8
 from ml_collections import ConfigDict
 
 import ddpo_jax
-from ddpo_jax.errors import InputError
+from ddpo_jax.errors import InputError, one_line
 from ddpo_jax.models import clip, keys, preprocess, weights
 from ddpo_jax.models.clip import names
 from ddpo_jax.models.tokenizer import Tokenizer
@@ -27,27 +27,27 @@ ASSETS = Path(ddpo_jax.__file__).parent / "mini" / "assets"
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SMALL_FILES = ["*.json", "merges.txt"]
-_PICKLED = (".pt", ".pth", ".bin")
+_FOLDER_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 class Published(NamedTuple):
-    """A CLIP on the model hub, at one commit: a hub id without it may change under a run."""
+    """A CLIP in the catalogue of published weights, and what it looks like."""
 
-    repo: str
-    revision: str | None
-    files: tuple[str, ...]  # of weights; the first one that the repository holds is read
-    config: clip.CLIPConfig  # of a file of weights that is given without its folder
+    entry: str  # its name in models/weights/catalogue.toml
+    config: clip.CLIPConfig
+
+    @property
+    def file(self) -> str:
+        """Name of the file of weights."""
+        return weights.entry(self.entry).file
+
+    @property
+    def repo(self) -> str:
+        """Its repository on the model hub."""
+        return weights.entry(self.entry).repo
 
 
-B32 = Published(
-    "openai/clip-vit-base-patch32", "3d74acf9a28c67741b2f4f2ea7635f0aaf6f0268", ("pytorch_model.bin",), clip.B32
-)
-L14 = Published(
-    "openai/clip-vit-large-patch14", "32bd64288804d66eefd0ccbe215aa642df71cc41", ("model.safetensors",), clip.L14
-)
-PICKSCORE = Published(
-    "yuvalkirstain/PickScore_v1", "a4e4367c6dfa7288a00c550414478f865b875800", ("model.safetensors",), clip.H14
-)
+B32, L14 = Published("clip_b32", clip.B32), Published("clip_l14", clip.L14)
 
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -101,56 +101,53 @@ def find(config: ConfigDict, published: Published) -> Path:
     """Where the CLIP of a reward is: a model folder, with a config.json, or one file of weights.
 
     Args:
-      config: ``clip`` names a folder, a file or a hub id; empty, ``weights`` decides: "mini" is the miniature's.
-      published: the CLIP of all other ``weights``; like a hub id it is downloaded once.
+      config: ``clip`` names a folder, a file or a hub id; empty, ``weights`` decides: "mini" is the miniature's, and
+        else the published file is looked for in ``weights_dir`` and so on, or downloaded, and verified.
+      published: the CLIP of all ``weights`` but "mini".
 
     Raises:
       InputError: nothing is there, or the hub does not give it; says which file of which repository to get.
     """
-    given, wanted = config.clip, f"{published.files[0]} of the hub repository {published.repo}"
+    given, wanted = config.clip, f"{published.file} of the hub repository {published.repo}"
     if not given and config.weights == "mini":
         return embedded("clip", "reward.weights", "mini")
+    if not given:
+        return weights.find_weights(published.entry, config.weights_dir)
     path = Path(given).expanduser()
-    if given and path.is_file():
+    if path.is_file():
         return path
-    if given and path.is_dir():
-        folder = path
-    elif not given or (_HUB_ID.fullmatch(given) and not given.startswith(".")):
-        known = {entry.repo: entry for entry in (B32, L14, PICKSCORE, published)} | {"": published}
-        other = Published(given, None, ("model.safetensors", "pytorch_model.bin"), published.config)
-        folder = _download(known[given] if given in known else other, f"reward.clip={given!r}")
-    else:
-        raise InputError(f"reward.clip={given!r}: no such folder or file; give {wanted}, its folder, or a hub id")
-    if (folder / "config.json").is_file():
-        return folder
-    for file in published.files:
-        if (folder / file).is_file():
-            return folder / file
+    if not path.is_dir():
+        if not _HUB_ID.fullmatch(given) or given.startswith("."):
+            raise InputError(f"reward.clip={given!r}: no such folder or file; give {wanted}, its folder, or a hub id")
+        path = _download(given)
+    if (path / "config.json").is_file():
+        return path
+    if (path / published.file).is_file():
+        return path / published.file
     raise InputError(
-        f"reward.clip={given!r}: no config.json there and no {published.files[0]}; "
+        f"reward.clip={given!r}: no config.json there and no {published.file}; "
         f"give {wanted}, or a folder that CLIPModel.save_pretrained wrote"
     )
 
 
-def _download(published: Published, asked: str, fix: str = "give its folder as reward.clip") -> Path:
-    """The repository's folder in the hub's cache, with its weights; ``asked`` and ``fix`` are for the message."""
+def _download(repo: str) -> Path:
+    """The folder of a hub id in the hub's cache: at the catalogue's commit and verified if it is in there."""
     import huggingface_hub
 
-    repo, revision, files, _ = published
-    commit = f" (commit {revision})" if revision else ""
+    revision = next((entry.revision for entry in weights.entries().values() if entry.repo == repo), "") or None
     try:
         folder = Path(huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=_SMALL_FILES))
-        for file in files:
+        for file in _FOLDER_WEIGHTS:
             huggingface_hub.snapshot_download(repo, revision=revision, allow_patterns=[file])
             if (folder / file).is_file():
-                return folder
+                break
     except Exception as error:  # no network, no such repository, no access: the hub's client has many errors
-        cause = " ".join(str(error).split())
         raise InputError(
-            f"{asked}: needs {' or '.join(files)} of the hub repository {repo}{commit}, and the hub does not give it "
-            f"({type(error).__name__}: {cause[:300]}); download the repository where there is a network and {fix}"
+            f"reward.clip={repo!r}: no such folder or file, and the hub does not give it ({one_line(error)[:300]}); "
+            "download the repository where there is a network and give its folder"
         ) from error
-    raise InputError(f"{asked}: the hub repository {repo} holds no {' or '.join(files)}; convert the model first")
+    weights.verify_snapshot(folder, repo)
+    return folder
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -231,53 +228,54 @@ def _architecture(config: clip.CLIPConfig) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """The tensors of a model folder or a file of weights, by transformers' names."""
-    if path.is_dir():
-        return names.to_transformers(weights.read_folder(path))
-    read = weights.read_pickle_tensors if path.suffix in _PICKLED else weights.read_safetensors
-    return names.to_transformers(read(path))
+    return names.to_transformers(weights.read_folder(path) if path.is_dir() else weights.read_file(path))
 
 
-def load_vision(path: Path, published: Published, dtype: Any) -> tuple[clip.CLIPVisionProjected, Processor]:
+def load_vision(config: ConfigDict, published: Published) -> tuple[clip.CLIPVisionProjected, Processor]:
     """The vision tower with its projection, and the image processor; the text tower is not read.
 
+    Args:
+      config: see ``find`` and ``compute_type``.
+      published: what a file of weights is.
+
     Raises:
-      InputError: damaged files, or those of another network.
+      InputError: files that are missing, damaged, or those of another network.
     """
+    dtype, path = compute_type(config), find(config, published)
     with blamed("reward.clip", path):
-        config = read_config(path, published)
-        vision = dataclasses.replace(config.vision, projection_dim=config.projection_dim)
+        shape = read_config(path, published)
+        vision = dataclasses.replace(shape.vision, projection_dim=shape.projection_dim)
         tensors = keys.select(read_tensors(path), "vision_model", "visual_projection")
         model = keys.load(clip.CLIPVisionProjected, vision, tensors, dtype=dtype)
         return model, Processor.from_folder(path, vision.image_size)
 
 
 def load_clip(
-    path: Path, published: Published, dtype: Any, *, exact: bool = False
+    config: ConfigDict, published: Published, *, exact: bool = False
 ) -> tuple[clip.CLIP, Tokenizer, Processor]:
-    """Both towers, the tokenizer and the image processor.
+    """Both towers, the tokenizer and the image processor of a reward's options.
 
     Args:
-      path: see ``find``.
+      config: see ``find`` and ``compute_type``.
       published: what a file of weights is, and with ``exact`` a folder too.
-      dtype: of the products.
       exact: refuse the folder of another network.
 
     Raises:
-      InputError: damaged files, those of another network, or no tokenizer that fits it.
+      InputError: files that are missing, damaged, or those of another network, or no tokenizer that fits it.
     """
+    dtype, path = compute_type(config), find(config, published)
     with blamed("reward.clip", path):
-        config = read_config(path, published, exact)
-        tensors, tokenizer = read_tensors(path), _tokenizer(path, config.text)
-        model = keys.load(clip.CLIP, config, tensors, dtype=dtype)
-        return model, tokenizer, Processor.from_folder(path, config.vision.image_size)
+        shape = read_config(path, published, exact)
+        tensors, tokenizer = read_tensors(path), _tokenizer(path, shape.text, config.weights_dir)
+        model = keys.load(clip.CLIP, shape, tensors, dtype=dtype)
+        return model, tokenizer, Processor.from_folder(path, shape.vision.image_size)
 
 
-def _tokenizer(path: Path, config: clip.CLIPTextConfig) -> Tokenizer:
+def _tokenizer(path: Path, config: clip.CLIPTextConfig, weights_dir: str) -> Tokenizer:
     """The folder's, or the one beside a file of weights, or else OpenAI's, which all published CLIPs share."""
     folder = path if path.is_dir() else path.parent
     if path.is_file() and not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        source = B32._replace(files=("merges.txt",))
-        folder = _download(source, "tokenizer", f"put its vocab.json and merges.txt beside {path.name}")
+        folder = weights.find_weights("clip_tokenizer", weights_dir).parent
     tokenizer = Tokenizer.from_folder(folder)
     ends = (tokenizer.eos_token_id, clip.LEGACY_EOS_TOKEN_ID)
     if tokenizer.vocab_size > config.vocab_size or config.eos_token_id not in ends:
