@@ -1,8 +1,8 @@
 """DDPO for an aesthetic score: the miniature's own network on CPU, the LAION head on CLIP with Stable Diffusion.
 
 command:   python -m ddpo_jax.main --config=configs/aesthetic.py
-run time:  90 epochs of 128 images: 5 min 36 s on 2 quiet cores, compilation included
-expect:    on the miniature 5.9 -> 6.9, about one standard deviation (three seeds: 1.24, 1.19, 0.81 of one)
+run time:  40 epochs of 128 images: 1 min 46 s on 2 quiet cores, with most programs compiled before
+expect:    on the miniature 5.39 -> 7.30, two standard deviations (seed 0); CLIP score falls by 0.33 on the way
 
 Choices follow a colon, such as configs/aesthetic.py:algorithm=ddpo_sf,train.learning_rate=1e-4
 """
