@@ -33,9 +33,9 @@ def folder(path, layers=3, max_relative_positions=-1, head=False):
     kind = transformers.DebertaForSequenceClassification if head else transformers.DebertaModel
     model = kind(config).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():  # the default initialisation is too small to tell terms apart
-            fresh = torch.randn(parameter.shape) * (0.5 if parameter.ndim == 1 else 2 * parameter.shape[-1] ** -0.5)
-            parameter.copy_(fresh + ("LayerNorm.weight" in name))
+        for name, parameter in model.named_parameters():  # so large that every term shows, and tokens stay apart
+            scale = 0.125 if parameter.ndim == 1 else (0.5 if "dense" in name else 2) * parameter.shape[-1] ** -0.5
+            parameter.copy_(scale * torch.randn(parameter.shape) + ("LayerNorm.weight" in name))
     model.save_pretrained(path)
     return model
 
