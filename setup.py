@@ -46,12 +46,13 @@ setup(
         # Rewards and the page for people's ratings over HTTP: reward.name=human, ddpo_jax serve. It needs nothing else.
         "serve": ["waitress>=3.0.1"],
         # 100 000+ prompts from an array_record data set. tensorflow-datasets forgets to declare importlib_resources.
-        "data": ["tensorflow-datasets>=4.9.9", "importlib_resources", "grain>=0.2.18"],
+        "data": ["tensorflow-datasets>=4.9.9", "importlib_resources"],
         # torch, diffusers, transformers and peft are the parity oracles; nothing in the package imports them.
         # Install torch on its own first; launch/test.sh does, and installs open_clip_torch, trl and rliable without
         # their own requirements, which would replace the CPU build of torch.
         "test": [
             "chex>=0.1.90",
+            "importlib_resources",
             "diffusers>=0.40",
             "mypy>=1.15",
             "peft>=0.17",
@@ -60,6 +61,7 @@ setup(
             "ruff>=0.12",
             "selenium>=4.20",  # with Debian's chromium and chromium-driver, where they are installed
             "tensorboard>=2.16",
+            "tensorflow-datasets>=4.9.9",
             "torch",
             "transformers>=5",
             "waitress>=3.0.1",

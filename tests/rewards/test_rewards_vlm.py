@@ -128,6 +128,6 @@ def test_a_folder_of_deberta(tmp_path, monkeypatch):
         ]
         expected = [recall(answer[layer], reference[layer]) for answer, reference in pairs]
         np.testing.assert_allclose(scores, expected, atol=1e-4)
-        assert np.ptp(expected) > 1e-3  # ten times the tolerance: the answers differ
+        assert np.ptp(expected) > 0.01
     with pytest.raises(ValueError, match=r"layer 40 was asked for; it has layers 1 to 3"):
         make(encoder=str(tmp_path / "model"))
