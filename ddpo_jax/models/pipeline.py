@@ -98,7 +98,6 @@ class Pipeline:
             "unet cross_attention_dim", unet.config.cross_attention_dim, "text_encoder hidden_size", text.hidden_size
         )
         _equal("unet in_channels", unet.config.in_channels, "vae latent_channels", vae.config.latent_channels)
-        _equal("vae out_channels", vae.config.out_channels, "colours of a pixel", 3)
         _equal("unet out_channels", unet.config.out_channels, "unet in_channels", unet.config.in_channels)
         if tokenizer.max_length > text.max_position_embeddings or tokenizer.vocab_size > text.vocab_size:
             raise InputError(

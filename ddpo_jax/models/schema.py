@@ -130,8 +130,8 @@ UNET = {
     "freq_shift": Rule(lambda value: is_number(value) and 0 <= value <= MAX_SIZE, "it must be a number, 0 or more"),
 }
 VAE = {
-    "in_channels": SIZE,
-    "out_channels": SIZE,
+    "in_channels": one_of(3),
+    "out_channels": one_of(3),
     "down_block_types": _TEXTS,
     "up_block_types": _TEXTS,
     "block_out_channels": _SIZES,

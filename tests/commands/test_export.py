@@ -53,6 +53,7 @@ def runs(base, tmp_path_factory):
                 "prompts.path": made[rank] / "prompts.txt",
                 "prompts.samples_per_prompt": 2,
                 "sample.num_steps": 2,
+                "sample.guidance_scale": 5.0,
                 "sample.batch_size": 8,
                 "train.batch_size": 8,
                 "sample.num_batches_per_epoch": 1,
@@ -169,7 +170,7 @@ def test_the_file_is_sampled_without_the_run(runs, base, tmp_path, capsys):
     file = str(tmp_path / LORA_FILE)
     config, model = trained.load_base(str(base), file, jax.default_backend(), 1)
     config = ConfigDict(config)
-    config.sample.num_steps, config.sample.eta = 4, 0.0
+    config.sample.num_steps, config.sample.eta, config.sample.guidance_scale = 4, 0.0, 5.0
     assert_same_images(trained.draw(model, config, PROMPTS, 1, SEED), ours(runs(2))[0])
 
     argv = ["--prompt=a", f"--out={tmp_path / 'grid.png'}", "--steps=1"]

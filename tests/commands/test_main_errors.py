@@ -55,7 +55,7 @@ def test_a_good_command_trains_the_resolved_config(capsys, train, tmp_path):
     ((config, workdir),) = train.calls
     assert workdir == tmp_path / "a" / "b" and workdir.is_dir() and not list(workdir.iterdir())
     assert (config.seed, config.model, config.reward.name) == (7, "mini", "jpeg_compressibility")
-    assert config.train.batch_size == 128
+    assert config.train.batch_size == 64
 
 
 def test_choices_come_before_overrides_and_workdir_has_a_default(capsys, train, tmp_path, monkeypatch):

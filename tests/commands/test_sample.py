@@ -46,7 +46,7 @@ def test_the_command_writes_a_captioned_grid_and_one_line(folder, tmp_path, caps
     assert command(*argv, f"--out={out}") == 0
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1
-    assert "4 images of 2 prompts" in printed and "2 steps, guidance 5, eta 0, seed 0" in printed
+    assert "4 images of 2 prompts" in printed and "2 steps, guidance 1, eta 0, seed 0" in printed
     first = np.asarray(Image.open(out))
     assert first.shape[0] > 128 and first.shape[1] > 128
     assert command(*argv, f"--out={out}") == 0

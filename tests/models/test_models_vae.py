@@ -32,7 +32,7 @@ def _raw(widths, **changes):
 
 CONFIGS = {
     "three levels": _raw([8, 16, 16], norm_num_groups=8),
-    "odd": _raw([6, 15], layers_per_block=2, latent_channels=3, norm_num_groups=3, in_channels=1, out_channels=2),
+    "odd": _raw([6, 15], layers_per_block=2, latent_channels=3, norm_num_groups=3),
     "bare": _raw([8], use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False),
 }
 SD15 = _raw([128, 256, 512, 512], layers_per_block=2, norm_num_groups=32, sample_size=512, _diffusers_version="0.6.0")
