@@ -58,7 +58,7 @@ def runs(base, tmp_path_factory):
                 "train.batch_size": 8,
                 "sample.num_batches_per_epoch": 1,
                 "train.lora_rank": rank,
-                "train.learning_rate": 0.03 if rank else 0.01,
+                "train.learning_rate": 0.01,
                 "train.ema_decay": 0.5 if rank else 0.0,
                 "checkpoint.every": 1,
                 "log.images_every": 0,
