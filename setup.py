@@ -55,6 +55,7 @@ setup(
             "importlib_resources",
             "diffusers>=0.40",
             "mypy>=1.15",
+            "pandas>=2",  # for trl, which is installed without its requirements
             "peft>=0.17",
             "pytest>=8",
             "pytest-xdist>=3.6",
