@@ -147,7 +147,9 @@ def test_stars_by_keys_arrows_mouse_and_touch(browser, start, tmp_path):
     page.answered(lambda: page.element("#stars button:nth-child(5)").click())
     page.answered(lambda: page.tap("#stars button:nth-child(1)"))
     page.answered(lambda: page.press("3"))
-    np.testing.assert_array_equal(run.finish(), [2, 4, 5, 1, 3])
+    np.testing.assert_array_equal(
+        run.finish(), [2, 4, 1, 3, 5]
+    )  # prompt by prompt: the third that was asked is the fifth
     page.until("document.getElementById('idle-title').textContent === 'Thank you'")
     assert "training goes on" in page.text() and page.element("#status").text == "All rated"
     assert {line["rater"] for line in lines(tmp_path)} == {"Zoë1"}

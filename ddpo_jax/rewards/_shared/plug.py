@@ -25,7 +25,7 @@ from ddpo_jax.serving import protocol
 
 @dataclasses.dataclass(frozen=True)
 class Closable:
-    """A function, ``close``, which lets a call of it that waits for a server fail at once, and whether it may wait so."""
+    """A function that may wait for a server, and ``close``, which lets a call that waits fail at once."""
 
     fn: Callable[..., Any]
     close: Callable[[], None]
