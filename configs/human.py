@@ -24,7 +24,4 @@ def get_config(arg: str = "") -> ConfigDict:
     config.prompts.category = "color"
     config.prompts.count = 4
     config.prompts.samples_per_prompt = 4
-    config.sample.guidance_scale = 1.0
-    config.train.lora_rank = 8
-    config.train.learning_rate = 3e-3
     return with_choices(config, arg)

@@ -27,7 +27,7 @@ from ddpo_jax.serving.server import Refusal
 
 MODES = ("score", "pairs")
 FIRST_NOTICE_S, MAX_NOTICE_S = 60.0, 3600.0  # the log says how far a batch is after this, twice this, ...
-SEEN_S = 20.0  # a page that asked or answered within this time counts as a person at work
+SEEN_S = 20.0  # a page that spoke within this time, or has a question, counts as a person at work
 
 
 class Stopped(Exception):
@@ -177,12 +177,14 @@ class Queue:
             now = self._clock()
             self._seen[page] = now
             self._seen = {key: seen for key, seen in self._seen.items() if now - seen < SEEN_S}
+            task = self._lease(page, now)
+            busy = {holder for holder, end in self._leases.values() if end > now}
             return {
                 "mode": self.mode,
-                "task": self._lease(page, now),
+                "task": task,
                 "done": self._done(),
                 "total": len(self._tasks),
-                "people": len(self._seen),
+                "people": len(busy.union(self._seen)),
                 "undo": self._last(page) is not None,
             }
 

@@ -66,7 +66,9 @@ def make(config: ConfigDict) -> Human:
 
 
 class Human:
-    """Waits for people; has no parts."""
+    """Waits for people, for as long as it takes; has no parts."""
+
+    waits_for_others = True
 
     def __init__(self, queue: Queue, server: Server):
         self._queue, self._server = queue, server

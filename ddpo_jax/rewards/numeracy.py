@@ -103,4 +103,4 @@ def make(config: ConfigDict) -> _plug.Closable:
         scores, detected, exact = np.asarray(judged, np.float32).reshape(-1, 3).T.copy()
         return scores, {"objects_found": detected, "counts_exact": exact}
 
-    return _plug.Closable(reward, detect.close)
+    return _plug.Closable(reward, detect.close, detect.waits_for_others)

@@ -102,4 +102,4 @@ def make(config: ConfigDict) -> _plug.Closable:
         scores = np.array([similarity(target, text) for target, text in zip(targets, seen, strict=True)], np.float32)
         return scores, {"exact": (scores == 1).astype(np.float32)}
 
-    return _plug.Closable(reward, read.close)
+    return _plug.Closable(reward, read.close, read.waits_for_others)

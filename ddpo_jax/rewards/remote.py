@@ -60,6 +60,8 @@ def make(config: ConfigDict) -> Remote:
 class Remote:
     """Scores images by asking a server; its parts are those of the server, NaN where a request got none of a name."""
 
+    waits_for_others = True  # patience_s for each request
+
     def __init__(self, client: _http.JsonClient, batch_size: int):
         self._client, self._batch_size = client, batch_size
 

@@ -144,4 +144,4 @@ def make(config: ConfigDict) -> _plug.Closable:
         scores, shares, placed = np.asarray(judged, np.float32).reshape(-1, 3).T.copy()
         return scores, {"objects_found": shares, "position": placed}
 
-    return _plug.Closable(reward, detect.close)
+    return _plug.Closable(reward, detect.close, detect.waits_for_others)

@@ -68,7 +68,7 @@ def make(config: ConfigDict) -> _plug.Closable:
             scores[rows] = recalls([tokens[answers[row]] for row in rows], [tokens[references[row]] for row in rows])
         return scores, {}
 
-    return _plug.Closable(reward, look.close)
+    return _plug.Closable(reward, look.close, look.waits_for_others)
 
 
 def recalls(candidates: Sequence[Tokens], references: Sequence[Tokens]) -> np.ndarray:

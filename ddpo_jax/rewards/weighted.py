@@ -70,7 +70,8 @@ def make(config: ConfigDict) -> _plug.Closable:
             if callable(end := getattr(fn, "close", None)):
                 end()
 
-    return _plug.Closable(reward, close)
+    patient = any(getattr(fn, "waits_for_others", False) for fn in members.values())
+    return _plug.Closable(reward, close, patient)
 
 
 def _pairs(text: str, key: str, example: str) -> list[tuple[str, str]]:

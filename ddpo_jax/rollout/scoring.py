@@ -96,11 +96,13 @@ class RewardRunner:
     Args:
       fn: a reward, see ``ddpo_jax.rewards``. If it has a method ``close``, that ends a call which waits for others.
       name: of the reward, for messages.
-      wait_s: seconds that it may take for one batch (``reward.wait_s``).
+      wait_s: seconds that it may take for one batch (``reward.wait_s``); a reward whose ``waits_for_others`` is true
+        bounds its wait itself.
     """
 
     def __init__(self, fn: RewardFn, *, name: str = "reward", wait_s: float = math.inf):
-        self._fn, self._name, self._wait_s = fn, name, wait_s
+        self._fn, self._name = fn, name
+        self._wait_s = math.inf if getattr(fn, "waits_for_others", False) else wait_s
         self._queue: queue.SimpleQueue[PendingReward | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False

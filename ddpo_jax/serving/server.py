@@ -163,15 +163,13 @@ class Server:
         self._closing.set()
         self._server.task_dispatcher.shutdown(timeout=grace_s)
         self._stop.set()
-        self._server.pull_trigger()
+        self._server.pull_trigger()  # writes to a pipe of the map, which is therefore closed here and not by the loop
         self._thread.join()
+        self._wasyncore.close_all(self._map, ignore_all=True)
 
     def _loop(self) -> None:
-        try:
-            while not self._stop.is_set():
-                self._wasyncore.loop(timeout=1.0, use_poll=True, map=self._map, count=1)
-        finally:
-            self._wasyncore.close_all(self._map, ignore_all=True)
+        while not self._stop.is_set():
+            self._wasyncore.loop(timeout=1.0, use_poll=True, map=self._map, count=1)
 
     def _application(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
         """The WSGI application: whatever happens becomes a reply."""

@@ -1,6 +1,7 @@
 """What the page talks to: what is given to whom, and what is refused."""
 
 import json
+import re
 
 import http_tools
 import numpy as np
@@ -79,3 +80,42 @@ def test_a_form_of_another_site_is_refused(url):
     body = json.dumps({"page": "x", "rater": "y", "id": "z", "value": 1}).encode()
     assert ask(f"{url}/answer", "POST", body, {"Content-Type": "text/plain"})[0] == 415
     assert ask(f"{url}/next?page=x", headers={"Host": "evil.example"})[0] == 403
+
+
+# ---- what the page itself says, without a browser ----
+
+
+def test_the_page_is_one_file():
+    text = app.PAGE.read_text("utf-8")
+    assert not re.search(r"https?://|@import|<link[^>]+href=\"(?!data:)|\ssrc=", text)
+    assert len(text) < 40_000
+
+
+def luminance(colour):
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one, other):
+    """Of WCAG 2.2."""
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_contrast_of_both_colour_schemes():
+    """Text at least 4.5 : 1 on what it stands on, borders, stars and the focus ring at least 3 : 1 (WCAG 2.2, AA)."""
+    assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
+    blocks = re.findall(r":root \{(.*?)\}", app.PAGE.read_text("utf-8"), re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        colour = dict(re.findall(r"--([\w-]+): (#\w{6});", block))
+        for text in ("text", "soft"):
+            for ground in ("page", "card"):
+                assert contrast(colour[text], colour[ground]) >= 4.5, (text, ground)
+        assert (
+            contrast(colour["accent"], colour["card"]) >= 4.5 and contrast(colour["alarm"], colour["alarm-page"]) >= 4.5
+        )
+        for line in ("line", "star", "accent"):
+            assert contrast(colour[line], colour["card"]) >= 3, line
+            assert contrast(colour[line], colour["page"]) >= 3, line

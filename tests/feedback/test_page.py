@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import re
 import threading
 import time
 
@@ -104,10 +103,14 @@ class Page:
 
     def tap(self, selector):
         """A finger on the middle of an element."""
-        box = self.element(selector).rect
+        send = self.browser.execute_cdp_cmd
+        send("Emulation.setTouchEmulationEnabled", {"enabled": True})
+        element = self.element(selector)
+        box = self.js("arguments[0].scrollIntoView(), arguments[0].getBoundingClientRect()", element)
         point = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
-        self.browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [point]})
-        self.browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        send("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [point]})
+        send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+        send("Emulation.setTouchEmulationEnabled", {"enabled": False})
 
     def phone(self, width=390, height=780):
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
@@ -144,7 +147,9 @@ def test_stars_by_keys_arrows_mouse_and_touch(browser, start, tmp_path):
     page.answered(lambda: page.element("#stars button:nth-child(5)").click())
     page.answered(lambda: page.tap("#stars button:nth-child(1)"))
     page.answered(lambda: page.press("3"))
-    np.testing.assert_array_equal(run.finish(), [2, 4, 5, 1, 3])
+    np.testing.assert_array_equal(
+        run.finish(), [2, 4, 1, 3, 5]
+    )  # prompt by prompt: the third that was asked is the fifth
     page.until("document.getElementById('idle-title').textContent === 'Thank you'")
     assert "training goes on" in page.text() and page.element("#status").text == "All rated"
     assert {line["rater"] for line in lines(tmp_path)} == {"Zoë1"}
@@ -153,6 +158,8 @@ def test_stars_by_keys_arrows_mouse_and_touch(browser, start, tmp_path):
 def test_the_next_batch_appears_by_itself_and_the_name_is_remembered(browser, start, tmp_path):
     run = start("score", 1)
     page = Page(browser, run.url)
+    page.ready()
+    page.element("#rater").send_keys("  Bo ", KEY["tab"])
     page.answered(lambda: page.press("4"))
     run.finish()
     second = threading.Thread(target=lambda: run.queue.rate(IMAGES[5:6], ["new"], ""), daemon=True)
@@ -161,12 +168,12 @@ def test_the_next_batch_appears_by_itself_and_the_name_is_remembered(browser, st
     assert page.js("document.title") == "(1) Rate images"
     page.browser.refresh()
     page.ready()
-    assert page.js("$('rater').value") == "Zoë1"  # of the test before: same site, same browser
-    page.js("localStorage.clear()")
-    page.browser.refresh()
+    assert page.js("$('rater').value") == "Bo"
+    page.element("#rater").clear()
+    page.element("#rater").send_keys(KEY["tab"])
     page.answered(lambda: page.press("1"))
     second.join(30)
-    assert lines(tmp_path)[-1]["rater"] == "anonymous"
+    assert [line["rater"] for line in lines(tmp_path)] == ["Bo", "anonymous"]
 
 
 def test_undo(browser, start):
@@ -351,42 +358,3 @@ def test_nothing_comes_from_elsewhere(browser, start):
         )
     assert outcome == "refused"
     assert any("Content Security Policy" in entry["message"] for entry in browser.get_log("browser"))
-
-
-# ---- without a browser ----
-
-
-def test_the_page_is_one_file():
-    text = app.PAGE.read_text("utf-8")
-    assert not re.search(r"https?://|@import|<link[^>]+href=\"(?!data:)|\ssrc=", text)
-    assert len(text) < 40_000
-
-
-def luminance(colour):
-    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one, other):
-    """Of WCAG 2.2."""
-    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
-    return (light + 0.05) / (dark + 0.05)
-
-
-def test_contrast_of_both_colour_schemes():
-    """Text at least 4.5 : 1 on what it stands on, borders, stars and the focus ring at least 3 : 1 (WCAG 2.2, AA)."""
-    assert contrast("#000000", "#ffffff") == pytest.approx(21) and contrast("#777777", "#ffffff") < 4.5
-    blocks = re.findall(r":root \{(.*?)\}", app.PAGE.read_text("utf-8"), re.S)
-    assert len(blocks) == 2
-    for block in blocks:
-        colour = dict(re.findall(r"--([\w-]+): (#\w{6});", block))
-        for text in ("text", "soft"):
-            for ground in ("page", "card"):
-                assert contrast(colour[text], colour[ground]) >= 4.5, (text, ground)
-        assert (
-            contrast(colour["accent"], colour["card"]) >= 4.5 and contrast(colour["alarm"], colour["alarm-page"]) >= 4.5
-        )
-        for line in ("line", "star", "accent"):
-            assert contrast(colour[line], colour["card"]) >= 3, line
-            assert contrast(colour[line], colour["page"]) >= 3, line

@@ -93,6 +93,8 @@ def test_every_page_gets_another_question_and_keeps_it(tmp_path):
     assert state["task"] is None and state["total"] == 3 and state["people"] == 4
     rating.answer("y", 3)
     assert rating.queue.next("late")["task"] is None
+    rating.clock.now += 30
+    assert rating.queue.next("z")["people"] == 2  # x still looks at its image, the others have gone
 
 
 def test_what_is_not_answered_in_time_is_handed_out_again(tmp_path):

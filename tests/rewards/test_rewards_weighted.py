@@ -10,6 +10,7 @@ from ddpo_jax.rewards import jpeg_compressibility, weighted
 from ddpo_jax.rollout import scoring as reward_runner
 
 OWN = """
+import threading
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -21,6 +22,20 @@ def nothing(images, prompts, metadata):
 
 def short(images, prompts, metadata):
     return [1.0]
+
+class Patient:
+    waits_for_others = True
+
+    def __init__(self):
+        self.done, self.closed = threading.Event(), False
+
+    def __call__(self, images, prompts, metadata):
+        return [2.0] * len(prompts) if self.done.wait(30) else None
+
+    def close(self):
+        self.closed = True
+
+patient = Patient()
 
 AUTO = {"weights": ("mini", "big")}
 
@@ -124,3 +139,17 @@ def test_a_broken_member_is_named(member, message, images):
         pytest.raises(reward_runner.RewardError, match=message),
     ):
         runner.submit(images[:3], PROMPTS, METADATA).result()
+
+
+def test_a_member_that_waits_for_others_is_waited_for_and_let_go(images):
+    """Longer than ``wait_s``, until it is done; and a run that ends tells it so."""
+    fn = make("own_weighted.rewards:patient=1,own_weighted.rewards:length=10")
+    from own_weighted import rewards as own
+
+    with reward_runner.RewardRunner(fn, wait_s=0.05) as runner:
+        pending = runner.submit(images[:3], PROMPTS, METADATA)
+        threading.Timer(0.5, own.patient.done.set).start()
+        np.testing.assert_array_equal(pending.result()[0], [22, 42, 12])
+        assert not own.patient.closed
+    assert own.patient.closed
+    assert not make("own_weighted.rewards:length=1").waits_for_others

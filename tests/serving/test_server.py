@@ -160,6 +160,12 @@ def test_closing_waits_for_what_runs_refuses_the_rest_and_frees_the_port():
     server.close()  # twice does nothing
 
 
+def test_servers_come_and_go():
+    """The end of a server's thread and of its files do not get into each other's way."""
+    for _ in range(50):
+        start().close()
+
+
 def test_closing_does_not_wait_for_ever():
     entered, go = threading.Event(), threading.Event()
 

@@ -59,7 +59,7 @@ def make_detector(source: str, timeout_s: float, patience_s: float) -> _plug.Clo
     def detect(images: np.ndarray) -> list[list[Detection]]:
         return [[_checked(item) for item in _listed(found)] for found in ask(images)]
 
-    return _plug.Closable(detect, ask.close)
+    return _plug.Closable(detect, ask.close, ask.waits_for_others)
 
 
 def _listed(found: Any) -> Sequence[Any]:

@@ -25,10 +25,11 @@ from ddpo_jax.serving import protocol
 
 @dataclasses.dataclass(frozen=True)
 class Closable:
-    """A function, and ``close``, which lets a call of it that waits for a server fail at once."""
+    """A function that may wait for a server, and ``close``, which lets a call that waits fail at once."""
 
     fn: Callable[..., Any]
     close: Callable[[], None]
+    waits_for_others: bool = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **kwargs)
@@ -53,7 +54,7 @@ def connect(source: str, key: str, answers: str, timeout_s: float, patience_s: f
             raise InputError(f"reward.{name}: received {seconds}; it must be a finite number of at least {least}")
     if source.startswith(("http://", "https://")):
         client = http.JsonClient(source, key=key, timeout_s=timeout_s, patience_s=patience_s)
-        return Closable(_Remote(client, key, answers), client.close)
+        return Closable(_Remote(client, key, answers), client.close, True)
     if ":" not in source:
         raise InputError(
             f"{key}: received {source!r}; it must name a model; write package.module:function or http://HOST:PORT/PATH"
