@@ -25,7 +25,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def load(cls: type[M], config: ConfigDict, names: Sequence[str], origin: str) -> tuple[M, WordPiece, int]:
-    """The network and the tokenizer that a reward's options describe; checks ``dtype`` and ``batch_size`` first.
+    """The network and the tokenizer that the options ``blip`` and ``dtype`` describe.
 
     Args:
       cls: one of ``ddpo_jax.models.blip.networks``.
@@ -42,8 +42,6 @@ def load(cls: type[M], config: ConfigDict, names: Sequence[str], origin: str) ->
     where = f"reward.blip: received {config.blip!r}"
     if config.dtype not in DTYPES:
         raise InputError(f"reward.dtype: received {config.dtype!r}; it must be float32 or bfloat16; use float32")
-    if config.batch_size < 1:
-        raise InputError(f"reward.batch_size: received {config.batch_size}; it must be at least 1; use 16")
     path = Path(config.blip).expanduser()
     found = [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
     if not config.blip or not found:
