@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from ddpo_jax.models.blip.networks import ImageReward
 from ddpo_jax.rewards._shared import blip as _blip
+from ddpo_jax.rewards._shared.clip import in_batches
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the network's output on its authors' data
 FILES = ("ImageReward.pt", "ImageReward.safetensors")
@@ -46,7 +47,7 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
     def score(model: ImageReward, images: Array, ids: Array, mask: Array) -> Array:
         return model(_blip.pixels(images), ids, mask)
 
-    run = _blip.in_batches(model, score, lambda images: _blip.shortest_side(images, size), config.batch_size)
+    run = in_batches(model, score, config.batch_size, lambda images: _blip.shortest_side(images, size))
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
         del metadata

@@ -26,8 +26,10 @@ from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.models.blip.networks import VisualQuestionAnswering
+from ddpo_jax.models.preprocess import resize_pil
 from ddpo_jax.rewards._shared import blip as _blip
 from ddpo_jax.rewards._shared.chunks import noun_chunks
+from ddpo_jax.rewards._shared.clip import in_batches
 
 FILES = ("model.safetensors", "pytorch_model.bin", "model_base_vqa_capfilt_large.pth")
 ORIGIN = "model.safetensors of Salesforce/blip-vqa-capfilt-large"
@@ -60,7 +62,7 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
         logits = model(_blip.pixels(images), ids, mask, tokenizer.decode_id).astype(jnp.float32)
         return jax.nn.sigmoid(logits[..., yes] - logits[..., no])  # P(yes) / (P(yes) + P(no)), whatever the rest
 
-    run = _blip.in_batches(model, probability, lambda images: _blip.resized(images, size, size), config.batch_size)
+    run = in_batches(model, probability, config.batch_size, lambda images: resize_pil(images, size, size))
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
         _blip.check_captions(prompts)

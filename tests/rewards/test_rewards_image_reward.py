@@ -89,7 +89,7 @@ def test_missing_damaged_and_wrong_weights_are_one_line(image_reward_options, vq
     refused(f"reward.blip: received '/no'; it must be a folder with ImageReward.pt; {get}", blip="/no")
     refused(f"received '{tmp_path}'; it must be a folder", blip=str(tmp_path))
     refused("reward.dtype: received 'float16'; it must be float32 or bfloat16", blip=folder, dtype="float16")
-    refused("reward.batch_size: received 0; it must be at least 1", blip=folder, batch_size=0)
+    refused("reward.batch_size=0 must be at least 1", blip=folder, batch_size=0)
     weights = (tmp_path / "ImageReward.pt", f"{folder}/ImageReward.pt")
     weights[0].write_bytes(open(weights[1], "rb").read()[:5000])
     refused("reward.blip: received .*ImageReward.pt: refused: not a zip-format torch file", blip=str(tmp_path))

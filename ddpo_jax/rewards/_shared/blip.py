@@ -1,18 +1,16 @@
-"""What the BLIP rewards share: finding and reading their files, Pillow's resizing on the host, batches of one size."""
+"""What the BLIP rewards share: finding and reading their files, and what goes into the networks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
-from PIL import Image
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import preprocess, weights
@@ -27,7 +25,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def load(cls: type[M], config: ConfigDict, names: Sequence[str], origin: str) -> tuple[M, WordPiece, int]:
-    """The network and the tokenizer that a reward's options describe; checks ``dtype`` and ``batch_size`` first.
+    """The network and the tokenizer that the options ``blip`` and ``dtype`` describe.
 
     Args:
       cls: one of ``ddpo_jax.models.blip.networks``.
@@ -44,8 +42,6 @@ def load(cls: type[M], config: ConfigDict, names: Sequence[str], origin: str) ->
     where = f"reward.blip: received {config.blip!r}"
     if config.dtype not in DTYPES:
         raise InputError(f"reward.dtype: received {config.dtype!r}; it must be float32 or bfloat16; use float32")
-    if config.batch_size < 1:
-        raise InputError(f"reward.batch_size: received {config.batch_size}; it must be at least 1; use 16")
     path = Path(config.blip).expanduser()
     found = [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
     if not config.blip or not found:
@@ -65,18 +61,12 @@ def load(cls: type[M], config: ConfigDict, names: Sequence[str], origin: str) ->
     return model, tokenizer, sizes.vision.image_size
 
 
-def resized(images: UInt8[np.ndarray, "N H W 3"], height: int, width: int) -> UInt8[np.ndarray, "N height width 3"]:
-    """Every image by Pillow's bicubic filter."""
-    size = (width, height)
-    return np.stack([np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in images])
-
-
 def shortest_side(images: UInt8[np.ndarray, "N H W 3"], size: int) -> UInt8[np.ndarray, "N size size 3"]:
     """The shorter side to ``size`` by Pillow's bicubic filter, then the central square, as torchvision cuts it."""
     height, width = preprocess.shortest_side(images.shape[1], images.shape[2], size)
     # Python's rounding of halves to the even number is torchvision's; the CLIP processor rounds them down.
     top, left = round((height - size) / 2), round((width - size) / 2)
-    return resized(images, height, width)[:, top : top + size, left : left + size]
+    return preprocess.resize_pil(images, height, width)[:, top : top + size, left : left + size]
 
 
 def pixels(images: UInt8[Array, "N H W 3"]) -> Float[Array, "N H W 3"]:
@@ -89,39 +79,3 @@ def check_captions(prompts: Sequence[str]) -> None:
     for index, prompt in enumerate(prompts):
         if not prompt.strip():
             raise InputError(f"prompt: received {prompt!r} for image {index}; the caption is empty; write what to draw")
-
-
-def in_batches(
-    model: nnx.Module, fn: Callable[..., Array], prepare: Callable[[np.ndarray], np.ndarray], batch_size: int
-) -> Callable[..., np.ndarray]:
-    """``fn`` on the host, jitted: in batches of ``batch_size``, the last one filled up with copies of a row.
-
-    Args:
-      model: the network; its parameters are arguments of the compiled program, not constants in it.
-      fn: (model, images, other arrays...) to rows, each computed on its own.
-      prepare: images to images on the host; the device meanwhile computes the batch before.
-      batch_size: rows per call of the device.
-
-    Returns:
-      (images [N, ...], other arrays [N, ...]...) to f32[N, ...], of any N > 0; another N does not compile again.
-    """
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def compiled(state: Any, *rows: Array) -> Array:
-        with jax.default_matmul_precision("highest"):  # scores are published in float32
-            return fn(nnx.merge(graphdef, state), *rows).astype(jnp.float32)
-
-    def filled(batch: np.ndarray) -> np.ndarray:
-        return np.concatenate([batch, np.broadcast_to(batch[:1], (batch_size - len(batch), *batch.shape[1:]))])
-
-    def run(images: np.ndarray, *others: np.ndarray) -> np.ndarray:
-        done: list[Any] = []
-        for start in range(0, len(images), batch_size):
-            rows = slice(start, start + batch_size)
-            done.append(compiled(state, filled(prepare(images[rows])), *(filled(other[rows]) for other in others)))
-            if start:
-                done[-2] = np.asarray(done[-2])  # waits for it, so that two batches at most are on the device
-        return np.concatenate(done)[: len(images)]
-
-    return run

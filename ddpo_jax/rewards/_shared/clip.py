@@ -323,21 +323,21 @@ def cosine(
 
 def in_batches(
     model: nnx.Module,
-    fn: Callable[[Any, Array], Array],
+    fn: Callable[..., Array],
     batch_size: int,
     prepare: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
-) -> Callable[[np.ndarray], np.ndarray]:
+) -> Callable[..., np.ndarray]:
     """``fn`` on the host, jitted: rows in batches of ``batch_size``, the last one filled up with copies of a row.
 
     The host prepares a batch while the device computes the one before; no more than those two are on the device.
 
     Args:
       model: the networks; their parameters are arguments of the compiled program, not constants in it.
-      fn: (model, rows) to rows, each computed on its own.
+      fn: (model, rows, further rows...) to rows, each computed on its own.
       batch_size: rows per call of the device.
-      prepare: rows to rows, each on its own, on the host.
+      prepare: rows to rows, each on its own, on the host; of the first rows alone.
     Returns:
-      rows [N, ...] to f32[N, ...], of any N > 0; another N does not compile again.
+      (rows [N, ...], further rows [N, ...]...) to f32[N, ...], of any N > 0; another N does not compile again.
 
     Raises:
       InputError: the batch size is not positive.
@@ -347,17 +347,19 @@ def in_batches(
     graphdef, state = nnx.split(model)
 
     @jax.jit
-    def compiled(state: Any, rows: Array) -> Array:
+    def compiled(state: Any, *rows: Array) -> Array:
         # Scores are published in float32. A reward network runs once per image, so this costs next to nothing.
         with jax.default_matmul_precision("highest"):
-            return fn(nnx.merge(graphdef, state), rows).astype(jnp.float32)
+            return fn(nnx.merge(graphdef, state), *rows).astype(jnp.float32)
 
-    def run(rows: np.ndarray) -> np.ndarray:
+    def filled(batch: np.ndarray) -> np.ndarray:
+        return np.concatenate([batch, np.broadcast_to(batch[:1], (batch_size - len(batch), *batch.shape[1:]))])
+
+    def run(rows: np.ndarray, *further: np.ndarray) -> np.ndarray:
         done: list[Any] = []
         for start in range(0, len(rows), batch_size):
-            batch = prepare(rows[start : start + batch_size])
-            padding = np.broadcast_to(batch[:1], (batch_size - len(batch), *batch.shape[1:]))
-            done.append(compiled(state, np.concatenate([batch, padding])))
+            batch = slice(start, start + batch_size)
+            done.append(compiled(state, filled(prepare(rows[batch])), *(filled(more[batch]) for more in further)))
             if start:
                 done[-2] = np.asarray(done[-2])  # waits for it
         return np.concatenate(done)[: len(rows)]
