@@ -5,9 +5,11 @@ Source: Gao et al. 2025, Fig. 3 to 5, section 5. Show: curves, and the miniature
 adherence.
 """
 
+from ddpo_jax.config.presets import learning_rate
+
 BASELINE = "algorithm=ddpo"
 EVALUATE = {"prompts": "training", "samples-per-prompt": "10", "rewards": "{reward},clip_score,mini_verifier"}
-RATE = 5e-5  # of the preset on the miniature: 1e-4 * sqrt(16 / 64)
+RATE = learning_rate(16)  # of the preset on the miniature
 
 
 def runs():

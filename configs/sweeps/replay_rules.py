@@ -5,7 +5,9 @@ reward without replay. Uniform weighting. The larger rate is "proportional to ho
 (A.3): replay makes one update beside an epoch's 5, so 6 / 5.
 """
 
-RATE = 2.5e-5  # of the preset on the miniature: 1e-4 * sqrt(4 / 64)
+from ddpo_jax.config.presets import learning_rate
+
+RATE = learning_rate(4)  # of the preset on the miniature
 BASELINE = f"replay=none, learning_rate={RATE}"
 
 

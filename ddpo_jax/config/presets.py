@@ -3,12 +3,13 @@
 A preset carries a paper's numbers for Stable Diffusion. Its argument ``model=mini`` (or a diffusers folder of that
 size) runs the same experiment on the miniature, where whatever depends on the size of the model follows this rule:
 
-- denoising steps, LoRA: the miniature's own, 10 steps and the whole UNet;
+- denoising steps, LoRA, guidance: the miniature's own, 10 steps, adapters of rank 8 and no guidance: the whole UNet
+  with guidance hardly learns in so few queries, and then forgets (configs/results/README.md);
 - ``clip_range``: 1e-4 * sqrt(16384 / latent dimensions), the same trust region on the mean of fewer dimensions;
 - images of an epoch and of an update: the paper's, or fewer in the same number of updates where an epoch of the paper
   would be most of the run; the preset says which;
-- ``learning_rate``: 1e-4 * sqrt(images of an update / 64): 1e-4 suits the miniature at 64 images, and the steps of Adam
-  grow with the square root of the batch. Methods that a paper trains at one rate stay at one rate; PRDP, whose rate no
+- ``learning_rate``: 3e-3 * sqrt(images of an update / 64), chosen on DDPO without additions (configs/sweeps/setting.py);
+  a mean over more images is less noisy by the square root of their number. Methods that a paper trains at one rate stay at one rate; PRDP, whose rate no
   paper gives, has a quarter of DDPO's (``prdp_rate``);
 - ``num_epochs``: 1500 reward queries;
 - ``algorithm.min_count``: 4, where there is one: a prompt is drawn some 30 times in a run, which is too few to wait for
@@ -36,7 +37,7 @@ from ddpo_jax.config.defaults import FAMILIES
 from ddpo_jax.config.model import is_miniature
 
 QUERIES = 1500  # reward queries of a run on the miniature
-LEARNING_RATE, AT_IMAGES = 1e-4, 64
+LEARNING_RATE, AT_IMAGES = 3e-3, 64
 MIN_COUNT, MIN_COUNT_ON_MANY = 4, 16  # rewards of a prompt before its own statistics count: of few and of many prompts
 SAVES = 5
 
@@ -99,8 +100,8 @@ def on_miniature(config: ConfigDict, images: int, update: int) -> bool:
     if not is_miniature(config.model):
         return False
     config.num_epochs = math.ceil(QUERIES / images)
-    config.sample.num_steps = config.train.clip_range = None  # the miniature's own
-    config.train.lora_rank = 0
+    config.sample.num_steps = config.sample.guidance_scale = None  # the miniature's own
+    config.train.lora_rank = config.train.clip_range = None
     config.sample.batch_size, config.sample.num_batches_per_epoch = images, 1
     config.train.batch_size, config.train.microbatch_size = update, None
     config.train.learning_rate = learning_rate(update)

@@ -1,0 +1,30 @@
+"""Which learning rate suits the miniature: chosen on DDPO without additions, for every reward, before anything is compared.
+
+Show: the reward of the final policies. Rank 8 and no guidance are the miniature's own; the rule of
+ddpo_jax/config/presets.py has the rate at 64 images, of which this preset's updates of 4 images take a quarter.
+"""
+
+from ddpo_jax.config.presets import learning_rate
+
+RATE = learning_rate(4)
+BASELINE = f"learning_rate={RATE}"
+REWARDS = {
+    "jpeg_compressibility": "",
+    "aesthetic": "",
+    "jpeg_incompressibility": "",
+    "mini_verifier": ",prompts.category=color,prompts.count=8",
+}
+
+
+def runs():
+    base = "../papers/selective_timestep.py:model=mini,weighting=uniform,replay=none"
+    return [
+        {
+            "panel": reward,
+            "name": f"rate_{factor}",
+            "config": f"{base},reward={reward}{prompts}",
+            "train.learning_rate": RATE * factor,
+        }
+        for reward, prompts in REWARDS.items()
+        for factor in (0.3, 1, 3)
+    ]
