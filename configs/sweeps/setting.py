@@ -1,4 +1,4 @@
-"""Which learning rate suits the miniature: chosen on DDPO without additions, for every reward, before anything is compared.
+"""Which learning rate suits the miniature: chosen for every reward on DDPO without additions, before comparisons.
 
 Show: the reward of the final policies. Rank 8 and no guidance are the miniature's own; the rule of
 ddpo_jax/config/presets.py has the rate at 64 images, of which this preset's updates of 4 images take a quarter.

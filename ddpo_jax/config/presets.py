@@ -8,9 +8,9 @@ size) runs the same experiment on the miniature, where whatever depends on the s
 - ``clip_range``: 1e-4 * sqrt(16384 / latent dimensions), the same trust region on the mean of fewer dimensions;
 - images of an epoch and of an update: the paper's, or fewer in the same number of updates where an epoch of the paper
   would be most of the run; the preset says which;
-- ``learning_rate``: 3e-3 * sqrt(images of an update / 64), chosen on DDPO without additions (configs/sweeps/setting.py);
-  a mean over more images is less noisy by the square root of their number. Methods that a paper trains at one rate stay at one rate; PRDP, whose rate no
-  paper gives, has a quarter of DDPO's (``prdp_rate``);
+- ``learning_rate``: 3e-3 * sqrt(images of an update / 64), chosen on DDPO without additions
+  (configs/sweeps/setting.py): a mean over more images is less noisy by the square root of their number. Methods that a
+  paper trains at one rate stay at one rate; PRDP, whose rate no paper gives, has a quarter of DDPO's (``prdp_rate``);
 - ``num_epochs``: 1500 reward queries;
 - ``algorithm.min_count``: 4, where there is one: a prompt is drawn some 30 times in a run, which is too few to wait for
   the papers' 16 before its own statistics count. With over 100 000 prompts it stays at the papers' 16: each is drawn
