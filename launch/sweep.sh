@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs a sweep on this machine: makes a virtual environment, installs the project, runs `python -m ddpo_jax.sweep` with
+# Runs a sweep on this machine: makes a virtual environment, installs the project, runs `ddpo_jax sweep` with
 # the arguments given here. The same command goes on where it stopped.
 #
 #   bash launch/sweep.sh configs/sweeps/weighting_and_replay.py
@@ -9,4 +9,4 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 environment "${DDPO_EXTRAS:-}"
-exec "$venv/bin/python" -m ddpo_jax.sweep "$@"
+exec "$venv/bin/python" -m ddpo_jax sweep "$@"

@@ -21,7 +21,7 @@ from ddpo_jax.models.vae import AutoencoderKL
 from ddpo_jax.workdir import files
 
 LARGEST = 25 * 2**20  # bytes of all assets together
-NOTE = "made by python -m ddpo_jax.mini.pretrain"
+NOTE = "made by ddpo_jax pretrain"
 
 
 def make_pipeline(context: stages.Context) -> Pipeline:

@@ -228,7 +228,7 @@ def markdown(table: dict[str, Any]) -> str:
     lines = [
         "# Quality of the miniature",
         "",
-        "Written by `python -m ddpo_jax.mini.pretrain`; `ddpo_jax/mini/quality.py` says how each number is taken.",
+        "Written by `ddpo_jax pretrain`; `ddpo_jax/mini/quality.py` says how each number is taken.",
         f"Samples: {table['steps']} DDIM steps, eta 1, judged by the verifier (0 to 1), {table['pictures'] // 4} per "
         f"row. Other sections: {2 * table['pictures']} fresh renderings, the verifier's {4 * table['pictures']}.",
     ]

@@ -33,7 +33,7 @@ from ddpo_jax.config.keys import flatten
 from ddpo_jax.errors import InputError
 from ddpo_jax.studies import curves, statistics
 from ddpo_jax.studies.curves import Curve
-from ddpo_jax.workdir import files, metrics
+from ddpo_jax.workdir import files, metrics, show
 from ddpo_jax.workdir.folder import read_config
 
 IGNORED = re.compile(r"seed|num_epochs|log\..*|checkpoint\..*|train\.(microbatch_size|remat)|mesh\..*|frozen_on_host")
@@ -276,7 +276,7 @@ def table(result: dict[str, Any]) -> str:
         f"final: mean over seeds ± 95 % t-interval. Baseline's final reward {result['level']:.4g}. {smoothed}"
         "[..]: 95 % bootstrap over seeds."
     )
-    return "\n".join([aligned(lines), note, *_gains_table(result)])
+    return "\n".join([show.table(lines), note, *_gains_table(result)])
 
 
 def _gains_table(result: dict[str, Any]) -> list[str]:
@@ -289,7 +289,7 @@ def _gains_table(result: dict[str, Any]) -> list[str]:
         cells = [_cell(told[name]) for name in ("gain", "normalised_gain", "probability")]
         lines.append((entry["label"], *cells, _cell(told["call_speed_up"]) if "call_speed_up" in told else "-"))
     note = "IQM: interquartile mean over seeds, of the gain over the untrained model on the same prompts and noise."
-    return ["", aligned(lines), note]
+    return ["", show.table(lines), note]
 
 
 def _cell(estimate: dict[str, Any]) -> str:
@@ -297,12 +297,6 @@ def _cell(estimate: dict[str, Any]) -> str:
         return "-"
     interval = estimate["interval"]
     return f"{estimate['value']:.3g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text, every column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def compare(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from ddpo_jax.workdir import files
+from ddpo_jax.workdir import show
 
 BOOTSTRAP = 2000  # resamples
 
@@ -143,18 +143,11 @@ def plot(
       axis: "queries" or "wall".
       xlabel, ylabel, title: texts.
     """
-    from matplotlib.figure import Figure  # here because it takes 0.5 s
-
-    figure = Figure(figsize=(7.2, 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    for label, curve in groups.items():
-        x = getattr(curve, axis)
-        (line,) = axes.plot(x, curve.mean, label=label, linewidth=1.6)
-        axes.fill_between(x, curve.mean - curve.std, curve.mean + curve.std, color=line.get_color(), alpha=0.18)
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel(ylabel.replace("/", " "))
-    axes.set_title(title, fontsize=9)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    with files.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    with show.plot(path, size=(7.2, 4.4)) as (axes,):
+        for label, curve in groups.items():
+            x = getattr(curve, axis)
+            (line,) = axes.plot(x, curve.mean, label=label, linewidth=1.6)
+            axes.fill_between(x, curve.mean - curve.std, curve.mean + curve.std, color=line.get_color(), alpha=0.18)
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel.replace("/", " "))
+        axes.set_title(title, fontsize=9)

@@ -33,7 +33,7 @@ from ddpo_jax.rollout import scoring as reward_runner
 from ddpo_jax.studies import curves
 from ddpo_jax.training.build import make_sampler
 from ddpo_jax.training.trained import load_trained
-from ddpo_jax.workdir import files, grid
+from ddpo_jax.workdir import files, grid, show
 
 MODELS = ("base", "trained")
 SHOWN = 8  # prompts of the picture
@@ -185,8 +185,7 @@ def table(rewards: dict[str, Any]) -> str:
     lines = [("", "untrained", "trained", "difference")]
     for name, row in rewards.items():
         lines.append((name, cell(row["base"]), cell(row["trained"]), cell(row["difference"], "+")))
-    widths = [max(len(line[column]) for line in lines) for column in range(4)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return show.table(lines)
 
 
 def evaluate(args: argparse.Namespace) -> str:

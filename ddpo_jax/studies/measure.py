@@ -26,7 +26,7 @@ from ddpo_jax.ops.random import Stream, generator
 from ddpo_jax.prompts import make_prompts
 from ddpo_jax.rollout.scoring import PendingReward, RewardError, RewardRunner, make_reward
 from ddpo_jax.training.build import load_model, make_sampler
-from ddpo_jax.workdir import files
+from ddpo_jax.workdir import files, show
 
 X0, BRANCH = "x0_change", "branch_variance"
 _QUEUE = 4  # batches that may wait for their reward
@@ -200,9 +200,7 @@ def text(table: Table) -> str:
         variance = np.asarray(table["branch_variance"]["mean"])
         columns["sigma"] = _with_errors(*(values.tolist() for values in deviations(table)))
         columns["weight"] = [f"{value:.3g}" for value in variance / max(variance.mean(), 1e-300)]
-    widths = [max(map(len, [name, *values])) for name, values in columns.items()]
-    lines = [columns.keys(), *zip(*columns.values(), strict=True)]
-    rows = ["  ".join(f"{cell:>{width}}" for cell, width in zip(line, widths, strict=True)) for line in lines]
+    rows = [show.table([tuple(columns), *zip(*columns.values(), strict=True)], numbers=True)]
     if "x0_reward" in table:
         rows.append(f"reward of the final images: {table['x0_reward']['mean'][-1]:.4g}")
     return "\n".join(rows)
@@ -218,27 +216,22 @@ def _with_errors(means: Sequence[float], standard_errors: Sequence[float | None]
 
 def plot(table: Table, path: pathlib.Path) -> None:
     """Draws the change of the predicted image's reward and sigma, per step, with standard errors."""
-    from matplotlib.figure import Figure  # here because it takes 0.5 s
-
     panels = [name for name in ("x0_change", "branch_variance") if name in table]
-    figure = Figure(figsize=(5.6 * len(panels), 3.8), layout="constrained")
     steps = np.arange(table["num_steps"])
-    for axes, name in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True):
-        axes.set_xlabel("step (0 = noisiest)")
-        if name == "x0_change":
-            mean, error = (np.asarray(table[name][key], np.float64) for key in ("mean", "standard_error"))
-            axes.bar(steps, mean, yerr=np.nan_to_num(error), capsize=2, color="tab:blue")
-            axes.axhline(0, color="black", linewidth=0.8)
-            axes.set_ylabel("change in reward of predicted $x_0$")
-        else:
-            sigma, error = deviations(table)
-            axes.errorbar(steps, sigma, yerr=np.nan_to_num(error), capsize=2, marker="o", color="tab:orange")
-            axes.set_ylim(bottom=0)
-            axes.set_ylabel(r"$\sigma_t$: deviation of final reward over branches")
-        axes.set_title(f"{table['reward']}, {table['num_prompts']} prompts")
-        axes.grid(alpha=0.3)
-    with files.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=150, format="png")
+    with show.plot(path, len(panels), (5.6, 3.8)) as every:
+        for axes, name in zip(every, panels, strict=True):
+            axes.set_xlabel("step (0 = noisiest)")
+            if name == "x0_change":
+                mean, error = (np.asarray(table[name][key], np.float64) for key in ("mean", "standard_error"))
+                axes.bar(steps, mean, yerr=np.nan_to_num(error), capsize=2, color="tab:blue")
+                axes.axhline(0, color="black", linewidth=0.8)
+                axes.set_ylabel("change in reward of predicted $x_0$")
+            else:
+                sigma, error = deviations(table)
+                axes.errorbar(steps, sigma, yerr=np.nan_to_num(error), capsize=2, marker="o", color="tab:orange")
+                axes.set_ylim(bottom=0)
+                axes.set_ylabel(r"$\sigma_t$: deviation of final reward over branches")
+            axes.set_title(f"{table['reward']}, {table['num_prompts']} prompts")
 
 
 def write(table: Table, out: pathlib.Path) -> None:

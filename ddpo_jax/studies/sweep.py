@@ -234,7 +234,7 @@ def _last_line(workdir: pathlib.Path) -> str:
 
 
 def evaluations(done: Sequence[Job]) -> dict[str, Any]:
-    """Means over seeds of what ddpo_jax.evaluate wrote, by name of the run: reward -> base, trained, seeds."""
+    """Means over seeds of what `ddpo_jax evaluate` wrote, by name of the run: reward -> base, trained, seeds."""
     found: dict[str, Any] = {}
     for job in done:
         path = job.workdir / "evaluation" / "evaluation.json"

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from ddpo_jax.diffusion.schedule import Schedule
+from ddpo_jax.diffusion.transition import Transition
 from ddpo_jax.errors import InputError
 
 
@@ -42,9 +42,9 @@ def check(config: ConfigDict, num_steps: int) -> None:
         raise InputError("\n".join(faults))
 
 
-def weights(latents: Float[Array, "N T1 h w c"], schedule: Schedule, config: ConfigDict) -> Float[Array, "N T"]:
+def weights(latents: Float[Array, "N T1 h w c"], transition: Transition, config: ConfigDict) -> Float[Array, "N T"]:
     """``exp(-((position - centre) / width)^2 / 2)``, the same row for each of the N trajectories."""
-    check(config, schedule.num_steps)
-    position = jnp.linspace(0.0, 1.0, schedule.num_steps, dtype=jnp.float32)
+    check(config, transition.num_steps)
+    position = jnp.linspace(0.0, 1.0, transition.num_steps, dtype=jnp.float32)
     row = jnp.exp(-0.5 * jnp.square((position - config.centre) / config.width))
     return jnp.tile(row, (latents.shape[0], 1))

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from ddpo_jax.diffusion.schedule import Schedule
+from ddpo_jax.diffusion.transition import Transition
 from ddpo_jax.errors import InputError
 
 FORMS = ("branch", "increment")
@@ -45,9 +45,9 @@ def check(config: ConfigDict, num_steps: int) -> None:
     _row(config, num_steps)
 
 
-def weights(latents: Float[Array, "N T1 h w c"], schedule: Schedule, config: ConfigDict) -> Float[Array, "N T"]:
+def weights(latents: Float[Array, "N T1 h w c"], transition: Transition, config: ConfigDict) -> Float[Array, "N T"]:
     """The table's row, for each of the N trajectories."""
-    return jnp.tile(jnp.asarray(_row(config, schedule.num_steps)), (latents.shape[0], 1))
+    return jnp.tile(jnp.asarray(_row(config, transition.num_steps)), (latents.shape[0], 1))
 
 
 def _row(config: ConfigDict, num_steps: int) -> Float[np.ndarray, " T"]:

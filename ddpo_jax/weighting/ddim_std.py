@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from ddpo_jax.diffusion.schedule import Schedule
+from ddpo_jax.diffusion.transition import Transition
 
 
 def default_config() -> ConfigDict:
@@ -18,6 +18,6 @@ def default_config() -> ConfigDict:
     return ConfigDict()
 
 
-def weights(latents: Float[Array, "N T1 h w c"], schedule: Schedule, config: ConfigDict) -> Float[Array, "N T"]:
-    """``std_t`` of the schedule, the same row for each of the N trajectories."""
-    return jnp.tile(schedule.std, (latents.shape[0], 1))
+def weights(latents: Float[Array, "N T1 h w c"], transition: Transition, config: ConfigDict) -> Float[Array, "N T"]:
+    """``std_t`` of the transition, the same row for each of the N trajectories."""
+    return jnp.tile(transition.std, (latents.shape[0], 1))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from ddpo_jax.diffusion.schedule import Schedule
+from ddpo_jax.diffusion.transition import Transition
 
 
 def default_config() -> ConfigDict:
@@ -17,6 +17,6 @@ def default_config() -> ConfigDict:
     return ConfigDict()
 
 
-def weights(latents: Float[Array, "N T1 h w c"], schedule: Schedule, config: ConfigDict) -> Float[Array, "N T"]:
+def weights(latents: Float[Array, "N T1 h w c"], transition: Transition, config: ConfigDict) -> Float[Array, "N T"]:
     """Mean absolute difference of the latents before and after each step."""
     return jnp.mean(jnp.abs(jnp.diff(latents, axis=1)), axis=(2, 3, 4))

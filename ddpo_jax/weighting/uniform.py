@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from ddpo_jax.diffusion.schedule import Schedule
+from ddpo_jax.diffusion.transition import Transition
 
 
 def default_config() -> ConfigDict:
@@ -14,6 +14,6 @@ def default_config() -> ConfigDict:
     return ConfigDict()
 
 
-def weights(latents: Float[Array, "N T1 h w c"], schedule: Schedule, config: ConfigDict) -> Float[Array, "N T"]:
+def weights(latents: Float[Array, "N T1 h w c"], transition: Transition, config: ConfigDict) -> Float[Array, "N T"]:
     """Ones [N, T]."""
     return jnp.ones((latents.shape[0], latents.shape[1] - 1), jnp.float32)

@@ -108,7 +108,7 @@ def refuse_other_run(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def finish(workdir: pathlib.Path) -> None:
-    """Draws the curve and says how far the reward rose and where everything is."""
+    """Draws the curve and prints how far the reward rose and where everything is: the result of a run."""
     rows = metrics.read_metrics(workdir)
     if not rows:
         logging.info("%s has no %s any more: there is no curve to draw", workdir, metrics.FILE)
@@ -121,10 +121,8 @@ def finish(workdir: pathlib.Path) -> None:
         deviations = (last - first) / max(rows[0].get("reward/std") or 0.0, 1e-12)
         by = f"{last - first:+.4g}: {deviations:+.2f} standard deviations of the first epoch"
         rise = f"reward {first:.4g} -> {last:.4g} ({by})"
-    logging.info(
-        "%s in %d queries. In %s: reward.png, samples/, metrics.jsonl, TensorBoard events, checkpoints/",
-        *(rise, rows[-1]["reward_queries"], workdir),
-    )
+    where = f"In {workdir}: reward.png, samples/, metrics.jsonl, TensorBoard events, checkpoints/"
+    print(f"{rise} in {rows[-1]['reward_queries']} queries. {where}", flush=True)
 
 
 class Signals:

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ddpo_jax.errors import InputError, one_line
-from ddpo_jax.workdir import files, grid
+from ddpo_jax.workdir import files, grid, show
 from ddpo_jax.workdir.events import Events
 
 FILE = "metrics.jsonl"
@@ -218,20 +218,13 @@ def plot_curve(
       y: metric of the vertical axis.
       x: metric of the horizontal axis.
     """
-    from matplotlib.figure import Figure  # here because it takes 0.5 s; Figure alone needs no display and no pyplot
-
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axes = figure.add_subplot()
-    for label, rows in runs.items():
-        points = [(row[x], row[y]) for row in rows if row[x] is not None and row[y] is not None]
-        columns = zip(*points, strict=True) if points else ([], [])
-        axes.plot(*columns, label=label, linewidth=1.6, marker="o" if len(points) == 1 else None)
-    axes.set_xlabel(x.replace("_", " "))
-    axes.set_ylabel(y.replace("/", " "))
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    with files.replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120, format="png")
+    with show.plot(path) as (axes,):
+        for label, rows in runs.items():
+            points = [(row[x], row[y]) for row in rows if row[x] is not None and row[y] is not None]
+            columns = zip(*points, strict=True) if points else ([], [])
+            axes.plot(*columns, label=label, linewidth=1.6, marker="o" if len(points) == 1 else None)
+        axes.set_xlabel(x.replace("_", " "))
+        axes.set_ylabel(y.replace("/", " "))
 
 
 class Progress:

@@ -68,13 +68,13 @@ def test_what_cannot_be_scored_is_one_line(untrained, pictures, tmp_path, monkey
     with pytest.raises(ValueError, match=r"reward.parts='colour': must be one of all, color, shape"):
         make(parts="colour")
     monkeypatch.setattr(_clip, "ASSETS", tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"reward.name='mini_verifier'.*ddpo_jax.mini.pretrain"):
+    with pytest.raises(ValueError, match=r"reward.name='mini_verifier'.*ddpo_jax pretrain"):
         make()
 
 
 def test_embedded_weights_tell_right_pictures_from_wrong_ones():
     if not (_clip.ASSETS / "verifier").is_dir():
-        pytest.skip("the embedded verifier is not trained yet: python -m ddpo_jax.mini.pretrain")
+        pytest.skip("the embedded verifier is not trained yet: ddpo_jax pretrain")
     scenes = world.sample_scenes(np.random.default_rng(1), 64)
     images, captions = world.render_all(scenes), world.captions(scenes)
     reward = make()

@@ -1,4 +1,4 @@
-"""``python -m ddpo_jax.measure``: the estimates against a policy whose branch variances are known, and the command."""
+"""``ddpo_jax measure``: the estimates against a policy whose branch variances are known, and the command."""
 
 import dataclasses
 import json

@@ -166,6 +166,18 @@ def test_a_reward_that_is_null_is_read(tmp_path):
     assert (tmp_path / "reward.png").exists()
 
 
+def test_the_result_of_a_run_is_on_standard_output(tmp_path, capsys):
+    with metrics.Writer(tmp_path) as writer:
+        writer.write({"epoch": 0, "reward/mean": 1.0, "reward/std": 0.5, "reward_queries": 64})
+        writer.write({"epoch": 1, "reward/mean": 1.75, "reward/std": 0.1, "reward_queries": 128})
+    folder.finish(tmp_path)
+    printed = capsys.readouterr()
+    assert printed.out.startswith(
+        "reward 1 -> 1.75 (+0.75: +1.50 standard deviations of the first epoch) in 128 queries. "
+    )
+    assert not printed.err
+
+
 def test_a_finished_run_whose_metrics_are_gone_ends_well(tmp_path):
     folder.finish(tmp_path)
     assert not list(tmp_path.iterdir())

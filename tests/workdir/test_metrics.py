@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from ddpo_jax.ops.running import Max, Mean
@@ -176,11 +177,20 @@ def test_long_captions_are_wrapped_within_the_image():
         grid.captioned(np.zeros((1, 8, 8, 3), np.uint8), ["a", "b"])
 
 
-def test_plot_curve(tmp_path):
+def test_plot_curve(tmp_path, monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *args, **kw: (drawn.append(figure), save(figure, *args, **kw))
+    )
     rows = [row(epoch, epoch * 0.5) for epoch in range(5)] + [row(5, None)]
     metrics.plot_curve(tmp_path / "reward.png", {"seed 0": rows, "seed 1": rows[:1]})
-    image = np.asarray(Image.open(tmp_path / "reward.png").convert("L"))
-    assert image.std() > 5
+    (axes,) = drawn[0].axes
+    first, second = axes.lines
+    np.testing.assert_array_equal(first.get_xydata(), [(r["reward_queries"], r["epoch"] * 0.5) for r in rows[:5]])
+    assert second.get_marker() == "o" and len(second.get_xydata()) == 1  # one point alone would not be seen
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["seed 0", "seed 1"]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("reward queries", "reward mean")
+    assert Image.open(tmp_path / "reward.png").size == (768, 480)
 
 
 def test_progress_without_a_terminal_is_one_line_per_epoch(monkeypatch):

@@ -92,7 +92,7 @@ def embedded(name: str, key: str, value: str) -> Path:
     if not folder.is_dir():
         raise InputError(
             f"{key}={value!r}: the miniature's {name!r} weights are not in this installation ({folder}); "
-            "make them with python -m ddpo_jax.mini.pretrain, or install a released version"
+            "make them with ddpo_jax pretrain, or install a released version"
         )
     return folder
 
