@@ -5,7 +5,10 @@ FILE is a Python file (see configs/sweeps) whose docstring states the claim, wit
   runs()     a list of dicts: "config" (a config file with choices, as for --config, its path relative to FILE), "name",
              optionally "panel" (only runs of a panel are compared with each other), and any config keys
   BASELINE   optional: the settings of the baseline's group, see ddpo_jax compare
-  METRIC     optional: what is compared; reward/mean
+  METRIC     optional: what is compared; the evaluations in training where there are any, else reward/mean
+  SEEDS      optional: how many seeds, from 0; 3
+  DIFFERENCE optional: the difference to be shown, in units of the baseline's gain; two seeds of the baseline (a pilot:
+             --seeds=0,1 --only='*/BASELINE') then say how many seeds show it
   EVALUATE   optional: flags of ddpo_jax evaluate, which then follows every run; {reward} stands for the run's reward
 
 A run is kept in OUT/<panel>/<name>/seed<seed>, its output in log.txt there. The same command goes on where it stopped:
@@ -42,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", default="", help="folder of the runs; runs/sweeps/<name of FILE>")
     parser.add_argument("--parallel", type=cli.positive, default=1, help="runs at the same time; 1")
     parser.add_argument("--only", default="", help="glob patterns on <panel>/<name>, with commas; all")
-    parser.add_argument("--seeds", default="0,1,2", help="of each run; 0,1,2")
+    parser.add_argument("--seeds", default="", help="of each run, with commas; as many as FILE says, or 0,1,2")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and stop")
     extra = [word for word in argv if word.startswith("--config.")]
     args = parser.parse_args([word for word in argv if word not in extra])
@@ -51,7 +54,8 @@ def main(argv: Sequence[str]) -> None:
     file = pathlib.Path(args.file)
     plan = sweep.load(file)
     out = cli.folder_to_write(args.out or pathlib.Path("runs") / "sweeps" / file.stem, "--out")
-    todo = sweep.jobs(plan, file, out, _seeds(args.seeds), args.only, extra)
+    seeds = _seeds(args.seeds) if args.seeds else list(range(plan.get("SEEDS", 3)))
+    todo = sweep.jobs(plan, file, out, seeds, args.only, extra)
     if args.dry_run:
         print("\n".join(" ".join(command) for job in todo for command in job.commands.values()))
         return

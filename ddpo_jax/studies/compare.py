@@ -33,6 +33,7 @@ from ddpo_jax.config.keys import flatten
 from ddpo_jax.errors import InputError
 from ddpo_jax.studies import curves, statistics
 from ddpo_jax.studies.curves import Curve
+from ddpo_jax.studies.overview import cell
 from ddpo_jax.workdir import files, metrics, show
 from ddpo_jax.workdir.folder import read_config
 
@@ -286,17 +287,10 @@ def _gains_table(result: dict[str, Any]) -> list[str]:
         if "improvement" not in entry:
             return []
         told = entry["improvement"]
-        cells = [_cell(told[name]) for name in ("gain", "normalised_gain", "probability")]
-        lines.append((entry["label"], *cells, _cell(told["call_speed_up"]) if "call_speed_up" in told else "-"))
+        cells = [cell(told[name]) for name in ("gain", "normalised_gain", "probability")]
+        lines.append((entry["label"], *cells, cell(told["call_speed_up"]) if "call_speed_up" in told else "-"))
     note = "IQM: interquartile mean over seeds, of the gain over the untrained model on the same prompts and noise."
     return ["", show.table(lines), note]
-
-
-def _cell(estimate: dict[str, Any]) -> str:
-    if estimate["value"] is None:
-        return "-"
-    interval = estimate["interval"]
-    return f"{estimate['value']:.3g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
 
 
 def compare(

@@ -105,14 +105,15 @@ def queries_to(curves: Sequence[Curve], level: float) -> float | None:
 def speed_up(baseline: Sequence[Curve], group: Sequence[Curve]) -> tuple[float | None, tuple[float, float] | None]:
     """How many times fewer queries ``group`` needs to reach the baseline's final reward than the baseline.
 
-    Both counts are to the first time the averaged curve is there. None: it never is. The interval is the 2.5th and
+    Both counts are to the first time the averaged curve is there. None: it never is, or the
+    baseline ends no higher than it began. The interval is the 2.5th and
     97.5th percentile over resampled seeds of both (0 where a resample never gets there); None with one seed each.
     """
 
     def ratio(base: Sequence[Curve], other: Sequence[Curve]) -> float | None:
         level = float(average(base).mean[-1])
         needs, has = queries_to(other, level), queries_to(base, level)
-        return None if needs is None or has is None else has / needs
+        return has / needs if needs and has else None
 
     if len(baseline) < 2 and len(group) < 2:
         return ratio(baseline, group), None

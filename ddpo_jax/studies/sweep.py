@@ -24,7 +24,7 @@ import numpy as np
 from ddpo_jax import errors
 from ddpo_jax.config.model import read_json
 from ddpo_jax.errors import InputError
-from ddpo_jax.studies import compare
+from ddpo_jax.studies import compare, overview
 from ddpo_jax.workdir import files, metrics
 from ddpo_jax.workdir.folder import read_config
 
@@ -272,7 +272,7 @@ def _rewards(path: pathlib.Path) -> dict[str, dict[str, float]]:
 
 def summarise(todo: Sequence[Job], failed: Sequence[Job], out: pathlib.Path, plan: dict[str, Any]) -> list[str]:
     """Compares the finished runs of each panel; returns the tables as text."""
-    metric, texts = plan.get("METRIC", "reward/mean"), []
+    metric, texts, panels = plan.get("METRIC", ""), [], []
     for panel in dict.fromkeys(job.panel for job in todo):
         done = [job for job in todo if job.panel == panel and job not in failed]
         if not done:
@@ -283,6 +283,7 @@ def summarise(todo: Sequence[Job], failed: Sequence[Job], out: pathlib.Path, pla
             baseline, note = "", f"\nno run of {baseline} among these (--only, or it failed): another baseline"
         result = compare.compare(names, folder, metric, baseline, title=panel)
         texts.append(f"{panel} ({folder}/compare.json, compare_queries.png)\n{compare.table(result)}{note}")
+        panels.append(_panel(panel, done, result["baseline"], result["metric"]))
         if scores := evaluations(done):
             files.write_json(folder / "evaluations.json", scores)
             lines = [f"{panel}: evaluated, untrained -> trained"]
@@ -291,4 +292,22 @@ def summarise(todo: Sequence[Job], failed: Sequence[Job], out: pathlib.Path, pla
                     numbers = f"{row['base']:.4g} -> {row['trained']:.4g} ({row['seeds']} seeds)"
                     lines.append(f"  {name}  {reward}: {numbers}")
             texts.append("\n".join(lines))
+    if panels:
+        found = overview.overview(panels, plan.get("DIFFERENCE"))
+        files.write_json(out / "overview.json", found)
+        overview.plot(out / "overview.png", panels)
+        texts.append(f"{overview.table(found)}\nin {out}: overview.json, overview.png")
     return texts
+
+
+def _panel(title: str, done: Sequence[Job], baseline: str, metric: str) -> overview.Panel:
+    """The runs of a panel by their names in the sweep; ``baseline`` is a label of ``compare``."""
+    by_name: dict[str, list[str]] = {}
+    for job in done:
+        by_name.setdefault(job.name, []).append(str(job.workdir))
+    groups = {name: compare.Group(name, {}, compare.read_runs(folders)) for name, folders in by_name.items()}
+    compare.curves_of(list(groups.values()), metric, None)
+    label = {group.label: group for group in compare.group([run for found in groups.values() for run in found.runs])}
+    first = label[baseline].runs[0].folder
+    (name,) = [name for name, group in groups.items() if any(run.folder == first for run in group.runs)]
+    return overview.Panel(title, name, {name: group.curves for name, group in groups.items()})

@@ -91,6 +91,9 @@ def test_a_sweep_runs_all_compares_and_reports_a_failure(standin, tmp_path, caps
     assert "algorithm=ddpo (baseline)" in told.out and "algorithm=loop" in told.out
     result = json.loads((out / "p" / "compare.json").read_text())
     assert [len(group["runs"]) for group in result["groups"]] == [2, 2] and result["baseline"] == "algorithm=ddpo"
+    assert "all panels" in told.out and (out / "overview.png").exists()
+    over = json.loads((out / "overview.json").read_text())
+    assert over["baseline"] == {"p": "ddpo"} and over["methods"]["loop"]["normalised_gain"]["value"] == 1.0
 
 
 def test_finished_runs_are_skipped_and_others_tried_again(standin, tmp_path, capsys):
