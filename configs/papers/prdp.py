@@ -48,7 +48,8 @@ def get_config(arg: str = "") -> ConfigDict:
     if config.reward.name == "aesthetic" and not mini:
         config.num_epochs = 250
     if mini:  # DDPO makes 4 updates of 16 images
-        config.train.learning_rate = prdp_rate(16) if config.algorithm.name == "prdp" else learning_rate(16)
+        rate = prdp_rate if config.algorithm.name == "prdp" else learning_rate
+        config.train.learning_rate = rate(16, config.reward.name)
     if config.algorithm.name == "prdp":
         prdp_beta(config)
     else:  # Black et al. 2023: 4 updates on a quarter of the images each

@@ -52,7 +52,8 @@ def get_config(arg: str = "") -> ConfigDict:
         config.prompts.split = "large"
     choose_members(config, members, min_count=MIN_COUNT_ON_MANY)
     if mini:  # see prdp.py
-        config.train.learning_rate = prdp_rate(16) if config.algorithm.name == "prdp" else learning_rate(16)
+        rate = prdp_rate if config.algorithm.name == "prdp" else learning_rate
+        config.train.learning_rate = rate(16, config.reward.name)
     if config.algorithm.name == "prdp":
         prdp_beta(config)
     else:

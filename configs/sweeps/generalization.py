@@ -4,7 +4,7 @@ Source: "Selective Timestep Weighting" (anonymous), Tables 1 and 2. Show: after 
 miniature CLIP's score on the novel split, against the untrained model; DDPO and DDPO with weighting and replay.
 """
 
-BASELINE = "weighting=uniform,replay=none"
+BASELINE = "ddpo"
 EVALUATE = {"prompts": "novel", "samples-per-prompt": "10", "rewards": "{reward},clip_score,mini_verifier"}
 
 

@@ -7,9 +7,8 @@ adherence.
 
 from ddpo_jax.config.presets import learning_rate
 
-BASELINE = "algorithm=ddpo"
+BASELINE = "ddpo"
 EVALUATE = {"prompts": "training", "samples-per-prompt": "10", "rewards": "{reward},clip_score,mini_verifier"}
-RATE = learning_rate(16)  # of the preset on the miniature
 
 
 def runs():
@@ -25,7 +24,7 @@ def runs():
                 "panel": reward,
                 "name": "ddpo_iskl_10x",
                 "config": f"{base},algorithm=ddpo_iskl",
-                "train.learning_rate": 10 * RATE,
+                "train.learning_rate": 10 * learning_rate(16, reward),
             }
         )
     return found

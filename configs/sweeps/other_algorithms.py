@@ -4,7 +4,7 @@ Source: "Selective Timestep Weighting" (anonymous), Fig. 7a. Show: queries to th
 them, one comparison per algorithm.
 """
 
-BASELINE = "weighting=uniform,replay=none"
+BASELINE = "plain"
 
 
 def runs():

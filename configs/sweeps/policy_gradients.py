@@ -7,7 +7,7 @@ learning rate for all; REINFORCE makes one update of an epoch, as it must, the o
 policy_gradients_by_category.py.
 """
 
-BASELINE = "algorithm=ddpo"
+BASELINE = "ddpo"
 EVALUATE = {"prompts": "training", "samples-per-prompt": "10", "rewards": "{reward}"}
 REWARDS = ("mini_verifier", "aesthetic")
 METHODS = {

@@ -7,7 +7,7 @@ is the same for all methods: few prompts, adapters at a high learning rate, no g
 images an epoch. REINFORCE makes one update of them, as it must, the others two.
 """
 
-BASELINE = "algorithm=ddpo"
+BASELINE = "ddpo"
 PROMPTS = {"color": 4, "shape": 4, "texture": 4, "spatial": 4, "numeracy": 4, "all": 8}
 METHODS = {
     "reinforce": "algorithm=reinforce,train.batch_size=96",

@@ -7,7 +7,7 @@ prompt adherence by the miniature CLIP's score and verifier after training on th
 preset.
 """
 
-BASELINE = "algorithm=ddpo"
+BASELINE = "ddpo"
 EVALUATE = {"prompts": "training", "samples-per-prompt": "10", "rewards": "{reward},clip_score,mini_verifier"}
 
 

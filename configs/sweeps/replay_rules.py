@@ -7,8 +7,7 @@ reward without replay. Uniform weighting. The larger rate is "proportional to ho
 
 from ddpo_jax.config.presets import learning_rate
 
-RATE = learning_rate(4)  # of the preset on the miniature
-BASELINE = f"replay=none, learning_rate={RATE}"
+BASELINE = "none"
 
 
 def runs():
@@ -22,7 +21,7 @@ def runs():
                 "panel": reward,
                 "name": "larger_learning_rate",
                 "config": f"{base},reward={reward},replay=none",
-                "train.learning_rate": RATE * 6 / 5,
+                "train.learning_rate": learning_rate(4, reward) * 6 / 5,
             }
         )
     return found

@@ -5,10 +5,12 @@ Rank 8 and no guidance are the miniature's own; the rule of ddpo_jax/config/pres
 images, of which updates of 4 images take a quarter. Every method of a comparison then shares it.
 """
 
-from ddpo_jax.config.presets import learning_rate
+import math
 
-RATE = learning_rate(4)
-BASELINE = f"learning_rate={RATE}"
+from ddpo_jax.config.presets import AT_IMAGES
+
+BASELINE = "rate_0.003"
+SEEDS = 2
 REWARDS = {
     "jpeg_compressibility": "",
     "aesthetic": "",
@@ -22,10 +24,10 @@ def runs():
     return [
         {
             "panel": reward,
-            "name": f"rate_{factor}",
+            "name": f"rate_{rate}",
             "config": f"{base},reward={reward}{prompts}",
-            "train.learning_rate": RATE * factor,
+            "train.learning_rate": rate * math.sqrt(4 / AT_IMAGES),
         }
         for reward, prompts in REWARDS.items()
-        for factor in (0.3, 1, 3)
+        for rate in (0.9e-3, 3e-3, 9e-3)
     ]

@@ -1,10 +1,18 @@
 """Claim: timestep weighting and hard-mined replay each help, both together most; 2 to 6 times fewer reward queries.
 
-Source: "Selective Timestep Weighting" (anonymous), Fig. 7a, 7b. Show: queries to DDPO's final reward, on 2 rewards, for
-the 4 combinations.
+Source: "Selective Timestep Weighting" (anonymous), Fig. 7a, 7b. Show: gains over the untrained model and queries to
+DDPO's final reward, on four rewards, for the four combinations.
 """
 
-BASELINE = "weighting=uniform,replay=none"
+BASELINE = "neither"
+SEEDS = 10
+DIFFERENCE = 0.5
+REWARDS = {
+    "jpeg_compressibility": "",
+    "aesthetic": "",
+    "jpeg_incompressibility": "",
+    "mini_verifier": ",prompts.category=color,prompts.count=8",
+}
 COMBINATIONS = {
     "neither": "weighting=uniform,replay=none",
     "replay": "weighting=uniform,replay=hard",
@@ -18,8 +26,8 @@ def runs():
         {
             "panel": reward,
             "name": name,
-            "config": f"../papers/selective_timestep.py:model=mini,reward={reward},{combination}",
+            "config": f"../papers/selective_timestep.py:model=mini,reward={reward},{combination}{prompts}",
         }
-        for reward in ("jpeg_compressibility", "aesthetic")
+        for reward, prompts in REWARDS.items()
         for name, combination in COMBINATIONS.items()
     ]

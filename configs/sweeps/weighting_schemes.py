@@ -5,7 +5,7 @@ final reward. No replay. The measured weighting (advantage_variance) needs the t
 not part of the figure.
 """
 
-BASELINE = "weighting=uniform"
+BASELINE = "uniform"
 SCHEMES = (
     "uniform",
     "ddim_std",

@@ -4,11 +4,11 @@ FILE is a Python file (see configs/sweeps) whose docstring states the claim, wit
 
   runs()     a list of dicts: "config" (a config file with choices, as for --config, its path relative to FILE), "name",
              optionally "panel" (only runs of a panel are compared with each other), and any config keys
-  BASELINE   optional: the settings of the baseline's group, see ddpo_jax compare
+  BASELINE   optional: the "name" of the baseline's runs; the plainest ones, see ddpo_jax compare
   METRIC     optional: what is compared; the evaluations in training where there are any, else reward/mean
   SEEDS      optional: how many seeds, from 0; 3
-  DIFFERENCE optional: the difference to be shown, in units of the baseline's gain; two seeds of the baseline (a pilot:
-             --seeds=0,1 --only='*/BASELINE') then say how many seeds show it
+  DIFFERENCE optional: the difference to be shown, in units of the baseline's gain; two seeds of the baseline then say
+             how many show it (a pilot: --seeds=0,1 --only='*/NAME' with the baseline's name)
   EVALUATE   optional: flags of ddpo_jax evaluate, which then follows every run; {reward} stands for the run's reward
 
 A run is kept in OUT/<panel>/<name>/seed<seed>, its output in log.txt there. The same command goes on where it stopped:

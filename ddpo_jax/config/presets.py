@@ -8,9 +8,10 @@ size) runs the same experiment on the miniature, where whatever depends on the s
 - ``clip_range``: 1e-4 * sqrt(16384 / latent dimensions), the same trust region on the mean of fewer dimensions;
 - images of an epoch and of an update: the paper's, or fewer in the same number of updates where an epoch of the paper
   would be most of the run; the preset says which;
-- ``learning_rate``: 3e-3 * sqrt(images of an update / 64), chosen on DDPO without additions
-  (configs/sweeps/setting.py): a mean over more images is less noisy by the square root of their number. Methods that a
-  paper trains at one rate stay at one rate; PRDP, whose rate no paper gives, has a quarter of DDPO's (``prdp_rate``);
+- ``learning_rate``: ``RATES`` of the reward for updates of 64 images, chosen on DDPO without additions among 0.9e-3,
+  3e-3 and 9e-3 (configs/sweeps/setting.py), times sqrt(images of an update / 64): a mean over more images is less noisy
+  by the square root of their number. Methods that a paper trains at one rate stay at one rate; PRDP, whose rate no
+  paper gives, has a quarter of DDPO's (``prdp_rate``);
 - ``num_epochs``: 1500 reward queries;
 - ``algorithm.min_count``: 4, where there is one: a prompt is drawn some 30 times in a run, which is too few to wait for
   the papers' 16 before its own statistics count. With over 100 000 prompts it stays at the papers' 16: each is drawn
@@ -37,7 +38,9 @@ from ddpo_jax.config.defaults import FAMILIES
 from ddpo_jax.config.model import is_miniature
 
 QUERIES = 1500  # reward queries of a run on the miniature
-LEARNING_RATE, AT_IMAGES = 3e-3, 64
+AT_IMAGES = 64
+RATES = {"aesthetic": 9e-3, "jpeg_incompressibility": 9e-3}  # by reward, at so many images of an update
+RATE = 3e-3  # of every other
 MIN_COUNT, MIN_COUNT_ON_MANY = 4, 16  # rewards of a prompt before its own statistics count: of few and of many prompts
 SAVES = 5
 
@@ -58,7 +61,7 @@ def split(arg: str) -> tuple[str, str, str]:
 
 
 def choose_members(config: ConfigDict, members: str, min_count: int = MIN_COUNT) -> None:
-    """Applies the members of an argument and this module's rule for their options, in place.
+    """Applies the members of an argument and this module's rule for what depends on them, in place.
 
     Args:
       config: of the preset; changed in place.
@@ -66,13 +69,15 @@ def choose_members(config: ConfigDict, members: str, min_count: int = MIN_COUNT)
       min_count: of the algorithm on the miniature.
     """
     with_choices(config, members)
-    if is_miniature(config.model) and "min_count" in config.algorithm:
-        config.algorithm.min_count = min_count
+    if is_miniature(config.model):
+        config.train.learning_rate = learning_rate(config.train.batch_size, config.reward.name)
+        if "min_count" in config.algorithm:
+            config.algorithm.min_count = min_count
 
 
-def learning_rate(images: int) -> float:
+def learning_rate(images: int, reward: str) -> float:
     """The miniature's for updates of so many images."""
-    return LEARNING_RATE * math.sqrt(images / AT_IMAGES)
+    return RATES.get(reward, RATE) * math.sqrt(images / AT_IMAGES)
 
 
 def prdp_beta(config: ConfigDict) -> None:
@@ -81,12 +86,12 @@ def prdp_beta(config: ConfigDict) -> None:
         config.algorithm.kl_coef, config.algorithm.reward_unit = 10.0, "reward"
 
 
-def prdp_rate(images: int) -> float:
+def prdp_rate(images: int, reward: str) -> float:
     """PRDP's rate on the miniature, where DDPO makes updates of so many images.
 
     At DDPO's own rate the first update moves a pair's difference of rhat by 0.14 against a target of 0.05.
     """
-    return learning_rate(images) / 4
+    return learning_rate(images, reward) / 4
 
 
 def on_miniature(config: ConfigDict, images: int, update: int) -> bool:
@@ -104,7 +109,6 @@ def on_miniature(config: ConfigDict, images: int, update: int) -> bool:
     config.train.lora_rank = config.train.clip_range = None
     config.sample.batch_size, config.sample.num_batches_per_epoch = images, 1
     config.train.batch_size, config.train.microbatch_size = update, None
-    config.train.learning_rate = learning_rate(update)
     config.mesh.data = 1
     config.checkpoint.every = config.log.images_every = max(1, config.num_epochs // SAVES)
     config.log.evaluate_every = config.checkpoint.every

@@ -278,12 +278,15 @@ def summarise(todo: Sequence[Job], failed: Sequence[Job], out: pathlib.Path, pla
         if not done:
             continue
         folder, names = out / panel, [str(job.workdir) for job in done]
-        baseline, note = plan.get("BASELINE", ""), ""
-        if baseline and not compare.matching(compare.group(compare.read_runs(names)), baseline):
-            baseline, note = "", f"\nno run of {baseline} among these (--only, or it failed): another baseline"
-        result = compare.compare(names, folder, metric, baseline, title=panel)
+        labels = {group.runs[0].folder.parent.name: group.label for group in compare.group(compare.read_runs(names))}
+        wanted = plan.get("BASELINE", "")
+        note = (
+            "" if wanted in ("", *labels) else f"\nno run {wanted} among these (--only, or it failed): another baseline"
+        )
+        result = compare.compare(names, folder, metric, labels.get(wanted, ""), title=panel)
         texts.append(f"{panel} ({folder}/compare.json, compare_queries.png)\n{compare.table(result)}{note}")
-        panels.append(_panel(panel, done, result["baseline"], result["metric"]))
+        (base,) = [name for name, label in labels.items() if label == result["baseline"]]
+        panels.append(_panel(panel, done, base, result["metric"]))
         if scores := evaluations(done):
             files.write_json(folder / "evaluations.json", scores)
             lines = [f"{panel}: evaluated, untrained -> trained"]
@@ -301,13 +304,10 @@ def summarise(todo: Sequence[Job], failed: Sequence[Job], out: pathlib.Path, pla
 
 
 def _panel(title: str, done: Sequence[Job], baseline: str, metric: str) -> overview.Panel:
-    """The runs of a panel by their names in the sweep; ``baseline`` is a label of ``compare``."""
-    by_name: dict[str, list[str]] = {}
+    """The curves of a panel by the names of its runs, one of which is the baseline."""
+    folders: dict[str, list[str]] = {}
     for job in done:
-        by_name.setdefault(job.name, []).append(str(job.workdir))
-    groups = {name: compare.Group(name, {}, compare.read_runs(folders)) for name, folders in by_name.items()}
-    compare.curves_of(list(groups.values()), metric, None)
-    label = {group.label: group for group in compare.group([run for found in groups.values() for run in found.runs])}
-    first = label[baseline].runs[0].folder
-    (name,) = [name for name, group in groups.items() if any(run.folder == first for run in group.runs)]
-    return overview.Panel(title, name, {name: group.curves for name, group in groups.items()})
+        folders.setdefault(job.name, []).append(str(job.workdir))
+    groups = [compare.Group(name, {}, compare.read_runs(found)) for name, found in folders.items()]
+    compare.curves_of(groups, metric, None)
+    return overview.Panel(title, baseline, {group.label: group.curves for group in groups})

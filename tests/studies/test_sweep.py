@@ -21,7 +21,7 @@ from ddpo_jax.studies import sweep
 from ddpo_jax.workdir import metrics
 
 FILE = '''"""Claim: a."""
-BASELINE = "algorithm=ddpo"
+BASELINE = "ddpo"
 def runs():
     return [
         {"panel": "p", "name": "ddpo", "config": "one.py:model=mini", "num_epochs": 2},
@@ -127,7 +127,7 @@ def test_only_picks_and_says_when_the_baseline_is_missing(standin, tmp_path, cap
     calls, file = standin
     assert run(file, f"--out={tmp_path / 'out'}", "--seeds=1", "--only=p/loop", "--parallel=2") == 0
     assert len(calls.read_text().splitlines()) == 1
-    assert "no run of algorithm=ddpo among these" in capsys.readouterr().out
+    assert "no run ddpo among these" in capsys.readouterr().out
     assert run(file, "--only=p/grpo") == 2
     assert "it picks none of p/ddpo, p/loop, q/bad" in capsys.readouterr().err
 
