@@ -28,6 +28,10 @@ PER_PROMPT = 4  # images of each prompt: enough to see whether they differ
 SEED = 0  # not the run's: all runs are evaluated on the same prompts and noise
 CLEAR = 2.0  # standard errors from which a difference is taken for real
 TRAINED = "reward"  # the reward that is trained on, in the names of metrics
+REMEDY = (
+    "the policy may be exploiting the reward; look at samples/, take an earlier checkpoint (--epoch), lower "
+    "train.learning_rate, or penalise the distance to the pretrained model (algorithm=dpok)"
+)
 Scores = dict[str, Float[np.ndarray, " N"]]
 
 
@@ -69,7 +73,7 @@ class Evaluation:
         batch_size: images of one device program, as of training.
         every: epochs between evaluations.
         """
-        self._every, self._untrained = every, Scores()
+        self._every, self._untrained, self._warned = every, Scores(), False
         self._sampler, self._rewards, self._batch_size = sampler, rewards, batch_size
         self._count = math.ceil(num_images / PER_PROMPT)
         prompts, metadata = prompt_fn(random.generator(SEED, 0, Stream.EVALUATION), self._count)
@@ -152,7 +156,10 @@ class Evaluation:
         return row
 
     def warn(self, now: Scores, untrained: Scores) -> str:
-        """One line if the reward rises while something else falls, else an empty text; also logged."""
+        """One line if the reward rises while something else falls, else an empty text; also logged.
+
+        What can be done about it is said the first time only.
+        """
         gain = self.difference(now[TRAINED], untrained[TRAINED])
         others = {name: self.difference(now[name], untrained[name]) for name in (*self._rewards, "diversity")}
         fallen = [f"{name} {d.mean:+.3g} ± {d.standard_error:.2g}" for name, d in others.items() if d.falls]
@@ -160,10 +167,11 @@ class Evaluation:
             return ""
         line = (
             f"the reward rises ({gain.mean:+.3g} ± {gain.standard_error:.2g} against the untrained model) while "
-            f"{', '.join(fallen)}: the policy may be exploiting the reward; look at samples/, take an earlier "
-            "checkpoint (--epoch), lower train.learning_rate, or penalise the distance to the pretrained model "
-            "(algorithm=dpok)"
+            f"{', '.join(fallen)}"
         )
+        if not self._warned:
+            line += f": {REMEDY}"
+        self._warned = True
         logging.warning("%s", line)
         return line
 

@@ -85,6 +85,9 @@ def test_a_reward_that_rises_while_another_falls_is_said(caplog):
     now = {"reward": untrained["reward"] + shift, "clip_score": untrained["clip_score"] - shift}
     line = one.warn(now | {"diversity": untrained["diversity"]}, untrained)
     assert line.startswith("the reward rises (+1.0") and "clip_score -1.0" in line and "diversity" not in line
+    assert "algorithm=dpok" in line
+    again = one.warn(now | {"diversity": untrained["diversity"]}, untrained)
+    assert "clip_score -1.0" in again and "dpok" not in again  # the remedies are told once
     now["clip_score"] = untrained["clip_score"] + shift
     assert one.warn(now | {"diversity": untrained["diversity"]}, untrained) == ""
     assert one.warn(untrained | {"clip_score": untrained["clip_score"] - shift}, untrained) == ""  # nothing rises
