@@ -6,6 +6,7 @@ the update the gradient of its log-probability.
 
 examples:
   ddpo_jax benchmark                                  the miniature: rollout, update, rewards per second
+  ddpo_jax benchmark --against=trl                    an epoch of the miniature, in turns with TRL's DDPOTrainer
   ddpo_jax benchmark --loop                           the convolution gradient inside a loop, by two rules
   ddpo_jax benchmark --model=sd15 --random-weights    Stable Diffusion 1.5 (sd21: 2.1) at 512 x 512, bfloat16
   ddpo_jax benchmark --model=sd15 --memory-only       what fits where: runs and allocates nothing
@@ -28,7 +29,7 @@ from ddpo_jax.config.model import default_clip_range
 from ddpo_jax.config.override import override
 from ddpo_jax.config.ready import Ready, make_ready
 from ddpo_jax.errors import InputError
-from ddpo_jax.perf import benchmark, capacity
+from ddpo_jax.perf import against, benchmark, capacity
 from ddpo_jax.perf.random_model import SIZES, random_model
 from ddpo_jax.training.build import build
 
@@ -88,6 +89,7 @@ def main(argv: Sequence[str]) -> None:
         help="with --memory-only: ask a compiler too, of the device here, or of a TPU by libtpu (an hour for SD); none",
     )
     parser.add_argument("--loop", action="store_true", help="compare convolution gradients inside a loop")
+    parser.add_argument("--against", choices=("trl",), help="another library, where it is installed: epochs in turns")
     parser.add_argument("--repeats", type=cli.positive, default=5, help="timed runs, of which the median; 5")
     parser.add_argument("--steps", type=cli.positive, default=None, help="denoising steps; the model's default")
     parser.add_argument("--batch", type=cli.positive, default=None, help="images of a rollout and an update")
@@ -98,6 +100,9 @@ def main(argv: Sequence[str]) -> None:
     header: dict[str, Any] = {"devices": f"{devices} x {jax.devices()[0].device_kind}"}
     if args.loop:
         print(benchmark.report(header, benchmark.loop_rows(args.repeats), args.json))
+        return
+    if args.against:
+        print(benchmark.report(header, against.compare(args.repeats, backend, devices), args.json))
         return
     ready = make_config(args, backend, devices)
     config = ready.config
