@@ -39,7 +39,7 @@ from ddpo_jax.config.model import is_miniature
 
 QUERIES = 1500  # reward queries of a run on the miniature
 AT_IMAGES = 64
-RATES = {"aesthetic": 9e-3, "jpeg_incompressibility": 9e-3}  # by reward, at so many images of an update
+RATES = dict.fromkeys(("jpeg_compressibility", "jpeg_incompressibility", "aesthetic"), 9e-3)  # at so many images
 RATE = 3e-3  # of every other
 MIN_COUNT, MIN_COUNT_ON_MANY = 4, 16  # rewards of a prompt before its own statistics count: of few and of many prompts
 SAVES = 5

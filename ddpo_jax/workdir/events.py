@@ -10,15 +10,24 @@ import os
 import pathlib
 import socket
 import struct
+import sys
 import time
 
 import numpy as np
 from jaxtyping import UInt8
-from tensorboardX import summary
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import masked_crc32c
 
 from ddpo_jax.workdir import files
+
+# tensorboardX imports torch where it is installed, which takes four seconds, and works without: here it is told that
+# there is none. A program that has imported torch before keeps it.
+_hidden = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]
+try:
+    from tensorboardX import summary
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.record_writer import masked_crc32c
+finally:
+    if _hidden is None:
+        del sys.modules["torch"]
 
 PREFIX = "events.out.tfevents."
 

@@ -118,14 +118,14 @@ def test_a_preset_runs_on_the_miniature(name):
 
 @pytest.mark.parametrize(
     "name, rate",
-    [  # 3e-3 sqrt(images of an update / 64), by hand; 9e-3 for the aesthetic score
-        ("selective_timestep.py:model=mini", 7.5e-4),
-        ("ddpo.py:model=mini", 1.5e-3),
-        ("ddpo.py:model=mini,reward=aesthetic", 4.5e-3),
-        ("ddpo.py:model=mini,algorithm=ddpo_sf", 1.5e-3),
+    [  # 9e-3 sqrt(images of an update / 64), by hand; 3e-3 for the verifier
+        ("selective_timestep.py:model=mini", 2.25e-3),
+        ("ddpo.py:model=mini", 4.5e-3),
+        ("ddpo.py:model=mini,reward=mini_verifier", 1.5e-3),
+        ("ddpo.py:model=mini,algorithm=ddpo_sf", 4.5e-3),
         ("prdp.py:model=mini", 1.125e-3),  # a quarter of DDPO's
         ("prdp.py:model=mini,algorithm=ddpo", 4.5e-3),
-        ("ddpo_iskl.py:model=mini", 1.5e-3),
+        ("ddpo_iskl.py:model=mini", 4.5e-3),
         ("loop.py:model=mini", 1.83711731e-3),
         ("loop.py:model=mini,algorithm=reinforce", 1.83711731e-3),
     ],

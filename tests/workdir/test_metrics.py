@@ -7,6 +7,8 @@ import os
 import pty
 import select
 import struct
+import subprocess
+import sys
 import termios
 
 import jax
@@ -19,6 +21,15 @@ from PIL import Image
 from ddpo_jax.ops.running import Max, Mean
 from ddpo_jax.workdir import grid, metrics
 from ddpo_jax.workdir.metrics import Progress, Writer, read_metrics
+
+
+def test_a_start_does_not_wait_for_torch():
+    """tensorboardX would import it, which takes four seconds."""
+    ask = "import sys, ddpo_jax.workdir.events; print(*sorted({'torch', 'tensorflow'} & sys.modules.keys()), '.')"
+    found = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["."]
+    kept = "import torch, ddpo_jax.workdir.events, sys; assert sys.modules['torch'] is torch; torch.ones(1)"
+    subprocess.run([sys.executable, "-c", kept], check=True)
 
 
 def test_mean_is_exact_over_unequal_microbatches():
