@@ -61,7 +61,7 @@ def attention(
     if implementation == "auto":
         _log_choice(current_platform(), *sizes, mask is not None)
     if chosen == "chunked":
-        return _chunked(q, k, v, causal, mask)
+        return chunked(q, k, v, causal, mask)
     if chosen == "flash_tpu":
         return _flash_tpu(q, k, v, causal)
     if chosen == "cudnn":
@@ -187,7 +187,7 @@ def _xla(q: Array, k: Array, v: Array, causal: bool, mask: Array | None) -> Arra
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal, implementation="xla").astype(dtype)
 
 
-def _chunked(q: Array, k: Array, v: Array, causal: bool, mask: Array | None, chunk: int | None = None) -> Array:
+def chunked(q: Array, k: Array, v: Array, causal: bool, mask: Array | None, chunk: int | None = None) -> Array:
     """Attention over ``chunk`` queries at a time; the backward pass recomputes a chunk's logits from its inputs."""
     batch, q_len, heads, _ = q.shape
     kv_len = k.shape[1]

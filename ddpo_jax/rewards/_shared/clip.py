@@ -266,12 +266,12 @@ def load_clip(
     dtype, path = compute_type(config), find(config, published)
     with blamed("reward.clip", path):
         shape = read_config(path, published, exact)
-        tensors, tokenizer = read_tensors(path), _tokenizer(path, shape.text, config.weights_dir)
+        tensors, tokenizer = read_tensors(path), tokenizer_of(path, shape.text, config.weights_dir)
         model = keys.load(clip.CLIP, shape, tensors, dtype=dtype)
         return model, tokenizer, Processor.from_folder(path, shape.vision.image_size)
 
 
-def _tokenizer(path: Path, config: clip.CLIPTextConfig, weights_dir: str) -> Tokenizer:
+def tokenizer_of(path: Path, config: clip.CLIPTextConfig, weights_dir: str) -> Tokenizer:
     """The folder's, or the one beside a file of weights, or else OpenAI's, which all published CLIPs share."""
     folder = path if path.is_dir() else path.parent
     if path.is_file() and not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):

@@ -88,7 +88,7 @@ def test_damaged_and_foreign_files_are_one_line(name, options, head_file, tmp_pa
 
 
 def test_another_networks_file_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(_clip, "_tokenizer", lambda *args: None)
+    monkeypatch.setattr(_clip, "tokenizer_of", lambda *args: None)
     weights.write_safetensors(tmp_path / "unet.safetensors", {"conv_in.weight": np.zeros((3, 3), np.float32)})
     with pytest.raises(
         InputError, match=r"do not fit the model: 398 missing: .*1 unexpected: conv_in.weight"
