@@ -112,9 +112,17 @@ def group(runs: Sequence[Run]) -> list[Group]:
     groups: dict[str, Group] = {}
     for run in runs:
         differs = {key: run.settings[key] for key in told if key in run.settings}
-        name = ", ".join(f"{key.removesuffix('.name').rpartition('.')[2]}={value}" for key, value in differs.items())
+        name = ", ".join(f"{_short(key)}={_short_value(value)}" for key, value in differs.items())
         groups.setdefault(name or "all runs", Group(name or "all runs", differs, [])).runs.append(run)
     return list(groups.values())
+
+
+def _short(key: str) -> str:
+    return key.removesuffix(".name").rpartition(".")[2]
+
+
+def _short_value(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def choose_baseline(groups: Sequence[Group], wanted: str) -> Group:

@@ -126,6 +126,14 @@ def test_a_members_option_is_named_where_its_name_does_not_tell_it(tmp_path):
     assert labels == ["buffer_size=8, algorithm=ddpo", "buffer_size=32, algorithm=ddpo", "algorithm=loop"]
 
 
+def test_numbers_of_a_label_are_short(tmp_path):
+    rates = [write(tmp_path / str(i), [0.0], **{"train.learning_rate": 0.1 * i}) for i in (1, 3)]  # 0.30000000000000004
+    assert [group.label for group in compare.group(compare.read_runs(rates))] == [
+        "learning_rate=0.1",
+        "learning_rate=0.3",
+    ]
+
+
 def test_the_baseline_is_the_plainest_or_as_asked(folders):
     groups = compare.group(compare.read_runs(folders))
     assert compare.choose_baseline(groups, "").label == "algorithm=ddpo, samples_per_prompt=4"
