@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from ddpo_jax.commands import _cli as cli
 from ddpo_jax.errors import InputError
 from ddpo_jax.models.weights import fetch
+from ddpo_jax.studies.tables import aligned
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,13 +37,8 @@ def main(argv: Sequence[str]) -> None:
             print(path)
         return
     found, faults = fetch.survey(args.weights_dir, verify_all=args.verify)
-    print("\n".join(_table([("name", "for", "size", "licence", "state"), *found])))
+    print(aligned([("name", "for", "size", "licence", "state"), *found]))
     places = [*map(str, fetch.folders(args.weights_dir)), "the hub's cache"]
     print(f"\nlooked for in: {', '.join(places)}")
     if faults:
         raise InputError("\n".join(faults))
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

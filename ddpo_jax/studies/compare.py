@@ -33,6 +33,7 @@ from ddpo_jax.config.keys import flatten
 from ddpo_jax.errors import InputError
 from ddpo_jax.studies import curves, statistics
 from ddpo_jax.studies.curves import Curve
+from ddpo_jax.studies.tables import aligned
 from ddpo_jax.workdir import files, metrics
 from ddpo_jax.workdir.folder import read_config
 
@@ -297,12 +298,6 @@ def _cell(estimate: dict[str, Any]) -> str:
         return "-"
     interval = estimate["interval"]
     return f"{estimate['value']:.3g}" + (f" [{interval[0]:.3g}, {interval[1]:.3g}]" if interval else "")
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as text, every column as wide as its widest cell."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
 def compare(
