@@ -54,8 +54,8 @@ def one_prompt(paths: Sequence[str], prompt: str) -> list[Item]:
 def read_items(path: str) -> list[Item]:
     """The images that a file of prompts names, relative to its own folder, in its order.
 
-    A name in .jsonl has one JSON object a line, any other is CSV with a line of names first. ``file`` and ``prompt`` are
-    what they say; all other columns or keys are metadata.
+    A name in .jsonl has one JSON object a line, any other is CSV with a line of names first. ``file`` and ``prompt``
+    are what they say; all other columns or keys are metadata.
 
     Raises:
       InputError: the file cannot be read, or a line of it is broken.
