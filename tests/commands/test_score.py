@@ -26,7 +26,8 @@ seen = []
 def mean(images, prompts, metadata):
     print("noise of a reward")
     seen.extend(zip(prompts, metadata))
-    return images.mean((1, 2, 3)), {"red": images[..., 0].mean((1, 2)), "long": [np.nan if len(p) < 5 else 1.0 for p in prompts]}
+    long = [np.nan if len(prompt) < 5 else 1.0 for prompt in prompts]
+    return images.mean((1, 2, 3)), {"red": images[..., 0].mean((1, 2)), "long": long}
 
 def broken(images, prompts, metadata):
     raise OSError("no network")
