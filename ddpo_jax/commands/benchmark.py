@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> None:
         "--rewards",
         nargs="?",
         const="all",
-        help=f"time rewards at full size on random weights: names with commas, of {', '.join(random_rewards.FILES)}; all",
+        help=f"time rewards of full size on random weights: with commas, of {', '.join(random_rewards.FILES)}; all",
     )
     parser.add_argument("--repeats", type=cli.positive, default=5, help="timed runs, of which the median; 5")
     parser.add_argument("--steps", type=cli.positive, default=None, help="denoising steps; the model's default")
