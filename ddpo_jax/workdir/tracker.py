@@ -21,14 +21,16 @@ from ddpo_jax.errors import InputError, one_line
 from ddpo_jax.workdir import files
 
 FILE = "wandb.json"  # in a run's folder: by project, the id of the run there
+# Numbers of what is sent: pictures of the fixed prompts, the row, the samples. A run that is resumed, offline too, goes
+# on counting where it was; what it repeats after a kill is the same as before, and the package drops it.
+_ORDER = ("fixed_prompts", "row", "samples")
 _ID = re.compile(r"[\w-]{1,64}")
 
 
 class Tracker:
     """A run of a project; what is sent has the epoch as its horizontal axis.
 
-    An epoch that is trained again after a kill is sent again, and the later one counts. A fault of the package in
-    mid-run is told once, and the run goes on without it.
+    A fault of the package in mid-run is told once, and the run goes on without it.
 
     Args:
       folder: of the run; its name is the run's name there, and what is not uploaded yet is kept below it.
@@ -63,11 +65,11 @@ class Tracker:
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Sends numbers by name."""
-        self._log({"epoch": step, **values})
+        self._log(step, "row", values)
 
     def image(self, step: int, name: str, pixels: UInt8[np.ndarray, "H W 3"]) -> None:
-        """Sends a picture."""
-        self._log({"epoch": step, name: self._image(pixels)})
+        """Sends a picture, "samples" or "fixed_prompts"."""
+        self._log(step, name, {name: self._image(pixels)})
 
     def close(self) -> None:
         """Waits until everything is sent."""
@@ -75,10 +77,11 @@ class Tracker:
             if self._run is not None:
                 self._run.finish()
 
-    def _log(self, entry: dict[str, Any]) -> None:
+    def _log(self, epoch: int, kind: str, entry: Mapping[str, Any]) -> None:
         with self._told():
             if self._run is not None:
-                self._run.log(entry)
+                number = len(_ORDER) * epoch + _ORDER.index(kind)
+                self._run.log({"epoch": epoch, **entry}, step=number, commit=True)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:

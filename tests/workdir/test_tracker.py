@@ -28,13 +28,15 @@ class Run:
     url = None
 
     def __init__(self, options):
-        self.options, self.logged, self.axes, self.finished = options, [], {}, 0
+        self.options, self.logged, self.steps, self.axes, self.finished = options, [], [], {}, 0
 
     def define_metric(self, name, step_metric):
         self.axes[name] = step_metric
 
-    def log(self, entry):
+    def log(self, entry, step, commit):
+        assert commit and step > max(self.steps, default=-1)  # else the package drops it
         self.logged.append(entry)
+        self.steps.append(step)
 
     def finish(self):
         self.finished += 1
@@ -113,7 +115,7 @@ def test_a_package_that_does_not_start_is_one_line(runs, tmp_path, monkeypatch):
 def test_a_fault_in_mid_run_is_told_once_and_the_run_goes_on(runs, tmp_path, caplog):
     tracker = Tracker(tmp_path, "mine", CONFIG)
 
-    def broken(entry):
+    def broken(entry, step, commit):
         raise OSError("no space left")
 
     runs[0].log = broken
@@ -150,6 +152,8 @@ def test_a_training_run_is_tracked_and_resumed(runs, tmp_path):
     assert sent == [{key: value for key, value in row.items() if value is not None} for row in rows]
     assert len({run.options["id"] for run in runs}) == 1 and [run.finished for run in runs] == [1, 1]
     assert sum("samples" in entry for run in runs for entry in run.logged) == 2
+    steps = [step for run in runs for step in run.steps]
+    assert steps == sorted({*steps}), "the second process must go on counting where the first one was"
 
 
 def test_offline_with_the_package_itself(tmp_path, monkeypatch):
