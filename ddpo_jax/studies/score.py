@@ -91,8 +91,10 @@ def _csv(path: str, numbered: list[tuple[int, str]]) -> list[tuple[int, dict[str
                     "put a value with commas in quotes"
                 )
             found.append((number, row))
+        if not found:
+            raise InputError(f"{_text.refusal(path)}it names no image; write one a line, below file,prompt")
     except csv.Error as error:
-        number = numbered[reader.line_num - 1][0]
+        number = numbered[reader.reader.line_num - 1][0]
         raise InputError(f"{_text.refusal(path)}line {number} is broken: {error}; mend its quotes") from error
     return found
 

@@ -239,6 +239,7 @@ def test_an_image_that_would_fill_the_memory(here, capsys, monkeypatch):
         ("p.csv", b'file,prompt\nnoise.png,"a\n', "line 2 is broken"),
         ("p.csv", b"file,prompt\nnoise.png,\n", "line 2 is empty; a prompt needs"),
         ("p.csv", b"file,prompt\n,a cat\n", "line 2 names no image"),
+        ("p.csv", b"file,prompt\n", "it names no image; write one a line"),
     ],
 )
 def test_broken_files_of_prompts(here, capsys, name, content, fault):
