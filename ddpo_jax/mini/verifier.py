@@ -81,7 +81,7 @@ class Detector(nnx.Module):
         self.fine = nnx.List([_Residual(w[0], rngs=rngs) for _ in range(config.blocks[0])])
         self.down = Conv(w[0], w[1], 3, stride=2, padding=1, rngs=rngs)
         self.coarse = nnx.List([_Residual(w[1], rngs=rngs) for _ in range(config.blocks[1])])
-        self.norm = GroupNorm(8, w[1], epsilon=1e-5)
+        self.norm = GroupNorm(_NORM_GROUPS, w[1], epsilon=1e-5)
         self.head = Conv(w[1], sum(_HEADS.values()) + 2, 1, rngs=rngs)
 
     def __call__(self, images: Float[Array, "N 32 32 3"]) -> dict[str, Array]:

@@ -211,13 +211,10 @@ def checked_vocabulary(path: Path, vocab: Any, highest: int | None = None) -> di
     rule = f"it must be an object of texts and {numbers}"
     if not isinstance(vocab, dict) or not vocab:
         raise InputError(f"{path} vocabulary: received {schema.shown(vocab)}; {rule}; {schema.FIX}")
+    top = len(vocab) - 1 if highest is None else highest
     seen: set[int] = set()
     for token, number in vocab.items():
-        if (
-            not schema.is_whole(number, 0, len(vocab) - 1 if highest is None else highest)
-            or number in seen
-            or not _is_text(token)
-        ):
+        if not schema.is_whole(number, 0, top) or number in seen or not _is_text(token):
             where = f"{path} {schema.shown(token)}"
             raise InputError(f"{where}: received {schema.shown(number)}; {rule}; {schema.FIX}")
         seen.add(number)
