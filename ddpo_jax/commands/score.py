@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 from ddpo_jax.commands import _cli as cli
 from ddpo_jax.config import default_config
 from ddpo_jax.config.defaults import STABLE_DIFFUSION
+from ddpo_jax.config.model import local_folder
 from ddpo_jax.config.override import override
 from ddpo_jax.errors import InputError
 from ddpo_jax.rollout.scoring import make_reward
@@ -78,6 +79,7 @@ def main(argv: Sequence[str]) -> None:
     items = score.read_items(args.prompts) if args.prompts is not None else score.one_prompt(args.images, args.prompt)
     shapes = score.sizes(items)
     model = ("mini" if score.is_miniature(shapes) else STABLE_DIFFUSION) if args.model == "auto" else args.model
+    local_folder(model)  # refuses what can be no model
     config = default_config()
     override(config, [("model", model)])
     cli.start_jax()

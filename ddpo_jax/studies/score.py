@@ -106,8 +106,12 @@ def _item(path: str, number: int, prompt: str, entry: dict[str, Any]) -> Item:
     return Item(pathlib.Path(path).expanduser().parent / file.strip(), prompt, entry)
 
 
-def read_image(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
+def read_image(path: pathlib.Path, warn: bool = False) -> UInt8[np.ndarray, "H W 3"]:
     """The pixels of a file as Pillow converts them to RGB.
+
+    Args:
+      path: of the file.
+      warn: say in the log if it notes a rotation, which is not applied.
 
     Raises:
       InputError: in one line, why there are none.
@@ -121,7 +125,7 @@ def read_image(path: pathlib.Path) -> UInt8[np.ndarray, "H W 3"]:
                         f"{path}: it has the colour mode {picture.mode}, of more than 8 bits a channel; save it as RGB"
                     )
                 pixels = np.asarray(picture.convert("RGB"))
-                if picture.getexif().get(_ROTATION, 1) != 1:
+                if warn and picture.getexif().get(_ROTATION, 1) != 1:
                     logging.warning("%s: its EXIF rotation is not applied, as in the published scores", path)
                 return pixels
     except InputError:
@@ -147,7 +151,7 @@ def sizes(items: Sequence[Item]) -> list[tuple[int, int]]:
     found, faults = [], []
     for item in items:
         try:
-            found.append(read_image(item.path).shape[:2])
+            found.append(read_image(item.path, warn=True).shape[:2])
         except InputError as error:
             faults.append(str(error))
     if faults:
