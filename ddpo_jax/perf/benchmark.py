@@ -93,7 +93,7 @@ def measure(config: ConfigDict, parts: Parts, repeats: int, work: capacity.Work 
 
 def epoch_rows(config: ConfigDict, parts: Parts, state: TrainState, repeats: int) -> list[Row]:
     """Times of whole epochs, and the share of one in which all else waits for the reward."""
-    stats, rollouts = PromptStats(), []
+    stats, rollouts = PromptStats(), list[Rollout]()
 
     def epoch() -> None:
         nonlocal state

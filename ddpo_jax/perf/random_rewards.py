@@ -7,6 +7,7 @@ images on the host to scores.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import tempfile
@@ -106,8 +107,8 @@ def _vlm(folder: pathlib.Path) -> Options:
 FILES: dict[str, Callable[[pathlib.Path], Options]] = {
     "jpeg_compressibility": lambda folder: {},
     "aesthetic": _aesthetic,
-    **{name: lambda folder, name=name: _clip(folder, name) for name in ("clip_score", "hps", "pickscore")},
-    **{name: lambda folder, name=name: _blip(folder, name) for name in BLIPS},
+    **{name: functools.partial(_clip, name=name) for name in ("clip_score", "hps", "pickscore")},
+    **{name: functools.partial(_blip, name=name) for name in BLIPS},
     "vlm": _vlm,
 }
 
@@ -131,7 +132,8 @@ def check_names(text: str) -> list[str]:
 def speed(names: Sequence[str], repeats: int) -> Iterator[Row]:
     """Images per second of each reward on ``BATCH`` images of ``SIDE`` x ``SIDE`` pixels, and its first call."""
     images = np.random.default_rng(0).integers(0, 256, (BATCH, SIDE, SIDE, 3), dtype=np.uint8)
-    prompts, metadata = [PROMPT.format(number) for number in range(BATCH)], [{} for _ in range(BATCH)]
+    prompts = [PROMPT.format(number) for number in range(BATCH)]
+    metadata: list[dict[str, Any]] = [{} for _ in range(BATCH)]
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             config = default_config()
