@@ -45,6 +45,8 @@ setup(
         "tpu": ["jax[tpu]>=0.9.1"],
         # Rewards and the page for people's ratings over HTTP: reward.name=human, ddpo_jax serve. It needs nothing else.
         "serve": ["waitress>=3.0.1"],
+        # Rows and images of a run at Weights & Biases: log.wandb=PROJECT. 60 MB, so the tests do without it.
+        "wandb": ["wandb>=0.17"],
         # 100 000+ prompts from an array_record data set. tensorflow-datasets forgets to declare importlib_resources.
         "data": ["tensorflow-datasets>=4.9.9", "importlib_resources"],
         # torch, diffusers, transformers and peft are the parity oracles; nothing in the package imports them.

@@ -7,6 +7,7 @@ the update the gradient of its log-probability.
 examples:
   ddpo_jax benchmark                                  the miniature: rollout, update, rewards per second
   ddpo_jax benchmark --against=trl                    an epoch of the miniature, in turns with TRL's DDPOTrainer
+  ddpo_jax benchmark --rewards                        rewards at full size on random weights, and the wait for one
   ddpo_jax benchmark --loop                           the convolution gradient inside a loop, by two rules
   ddpo_jax benchmark --model=sd15 --random-weights    Stable Diffusion 1.5 (sd21: 2.1) at 512 x 512, bfloat16
   ddpo_jax benchmark --model=sd15 --memory-only       what fits where: runs and allocates nothing
@@ -29,7 +30,7 @@ from ddpo_jax.config.model import default_clip_range
 from ddpo_jax.config.override import override
 from ddpo_jax.config.ready import Ready, make_ready
 from ddpo_jax.errors import InputError
-from ddpo_jax.perf import against, benchmark, capacity
+from ddpo_jax.perf import against, benchmark, capacity, random_rewards
 from ddpo_jax.perf.random_model import SIZES, random_model
 from ddpo_jax.training.build import build
 
@@ -90,12 +91,19 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--loop", action="store_true", help="compare convolution gradients inside a loop")
     parser.add_argument("--against", choices=("trl",), help="another library, where it is installed: epochs in turns")
+    parser.add_argument(
+        "--rewards",
+        nargs="?",
+        const="all",
+        help=f"time rewards of full size on random weights: with commas, of {', '.join(random_rewards.FILES)}; all",
+    )
     parser.add_argument("--repeats", type=cli.positive, default=5, help="timed runs, of which the median; 5")
     parser.add_argument("--steps", type=cli.positive, default=None, help="denoising steps; the model's default")
     parser.add_argument("--batch", type=cli.positive, default=None, help="images of a rollout and an update")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any key of the config")
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     args = parser.parse_args(argv)
+    rewards = random_rewards.check_names(args.rewards) if args.rewards else []
     backend, devices = cli.start_jax(cache=False)  # compile times are those of a first start
     header: dict[str, Any] = {"devices": f"{devices} x {jax.devices()[0].device_kind}"}
     if args.loop:
@@ -120,5 +128,10 @@ def main(argv: Sequence[str]) -> None:
     header |= {"adapter rank": train.lora_rank, "remat": train.remat, "repeats": args.repeats}
     parts = build(ready, random_model(config, size) if size else None)
     with parts.reward:
+        if rewards:
+            rows = benchmark.epoch_rows(config, parts, parts.init(), args.repeats)
+            rows += random_rewards.speed(rewards, args.repeats)
+            print(benchmark.report(header, rows, args.json))
+            return
         rows = benchmark.measure(config, parts, args.repeats, capacity.work(config, size) if size else None)
     print(benchmark.report(header, rows, args.json))

@@ -108,6 +108,7 @@ KEYS = (
     Key("checkpoint.keep", 2, "latest checkpoints kept; the best by reward is kept as well"),
     Key("log.images_every", 1, "epochs between image grids; 0 = none"),
     Key("log.num_images", 16, "images in a grid"),
+    Key("log.wandb", "", "project of Weights & Biases that gets the rows and images too (extra wandb); empty = none"),
     Key("log.evaluate_every", ByModel(10, 0), "epochs between evaluations on prompts and noise of all runs; 0 = none"),
     Key("log.evaluate_images", 128, "images of an evaluation, 4 of each prompt; they are no reward queries"),
     Key("log.evaluate_also", Computed(tuple),

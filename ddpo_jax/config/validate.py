@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -121,6 +122,7 @@ def validate(config: ConfigDict, members: Members, num_devices: int) -> None:
         if not broken & {"sample.num_steps", "sample.batch_size", "sample.num_batches_per_epoch"}:
             faults += _memory(config, latents)
         faults += _reward(config, members)
+    faults += _tracker(config)
     if faults:
         raise InputError("\n".join(faults))
 
@@ -252,6 +254,15 @@ def _reward(config: ConfigDict, members: Members) -> Iterator[str]:
         yield (
             f"reward.name: received {config.reward.name!r}; it scores pictures of the miniature's world, which model="
             f"{config.model!r} does not draw; use model=mini or another reward"
+        )
+
+
+def _tracker(config: ConfigDict) -> Iterator[str]:
+    """Not a rule of the key alone: a run that was tracked is read on machines without the package."""
+    if config.log.wandb and importlib.util.find_spec("wandb") is None:
+        yield (
+            f"log.wandb: received {config.log.wandb!r}; it needs the package wandb, which is not installed; "
+            "pip install 'ddpo_jax[wandb]', or leave it empty"
         )
 
 

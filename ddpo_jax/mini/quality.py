@@ -6,7 +6,6 @@ Reads the asset folders as any user of the package does, so that what is measure
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from flax import nnx
 from jaxtyping import UInt8
 from PIL import Image
 
+from ddpo_jax.config.model import read_json
 from ddpo_jax.diffusion import sampler, transition
 from ddpo_jax.diffusion.policy import Policy
 from ddpo_jax.mini import grammar, rating, scoring, verifier, world
@@ -174,12 +174,12 @@ def kept(judge: verifier.Verifier, images: np.ndarray, rebuilt: np.ndarray, scen
 
 def clip_and_head(folder: Path, rng: np.random.Generator, n: int) -> tuple[dict[str, float], dict[str, float]]:
     """Retrieval of the caption of each of N renderings, and how the head agrees with the rating it learned."""
-    config = CLIPConfig.from_dict(json.loads((folder / "clip" / "config.json").read_text(encoding="utf-8")))
+    config = CLIPConfig.from_dict(read_json(folder / "clip" / "config.json"))
     clip = keys.load(CLIP, config, weights.read_folder(folder / "clip"), where="clip")
     tokenizer = Tokenizer.from_folder(folder / "clip")
-    values = json.loads((folder / "aesthetic" / "config.json").read_text(encoding="utf-8"))
+    shape = AestheticHeadConfig.from_file(folder / "aesthetic" / "config.json")
     tensors = weights.read_safetensors(folder / "aesthetic" / "head.safetensors")
-    head = keys.load(AestheticHead, AestheticHeadConfig.from_dict(values), tensors, where="aesthetic")
+    head = keys.load(AestheticHead, shape, tensors, where="aesthetic")
 
     scenes = world.sample_scenes(rng, n)
     captions = world.captions(scenes)

@@ -24,6 +24,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from ddpo_jax.config.model import read_json
 from ddpo_jax.errors import InputError
 from ddpo_jax.workdir import files
 
@@ -118,7 +119,7 @@ def finished(stage: Stage, workdir: Path, seed: int) -> bool:
 
 
 def _check_signature(stage: Stage, record: Path, seed: int) -> None:
-    old = json.loads(record.read_text())
+    old = read_json(record)
     new = stage.signature(seed)
     changed = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value}
     if changed:

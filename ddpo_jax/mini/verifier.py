@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, UInt8
 
 from ddpo_jax.errors import InputError
 from ddpo_jax.mini import scoring, world
+from ddpo_jax.models import schema
 from ddpo_jax.models.layers import Conv, GroupNorm
 from ddpo_jax.models.weights import read_safetensors, write_safetensors
 
@@ -38,6 +39,12 @@ STEPS, BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 2000, 64, 2e-3, 1e-4
 
 _HEADS = {"presence": 1, "color": len(world.COLORS), "shape": len(world.SHAPES), "texture": len(world.TEXTURES)}
 _WEIGHTS, _CONFIG = "model.safetensors", "config.json"
+_NORM_GROUPS = 8
+_WIDTH = schema.Rule(lambda value: schema.SIZE.holds(value) and value % _NORM_GROUPS == 0, "")
+_RULES = {
+    "widths": schema.many(_WIDTH, 2, 2, f"it must be a list of two multiples of {_NORM_GROUPS}"),
+    "blocks": schema.many(schema.whole(1, 64), 2, 2, "it must be a list of two whole numbers from 1 to 64"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +59,9 @@ class _Residual(nnx.Module):
     """norm, silu, conv, norm, silu, conv, + input."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        self.norm1 = GroupNorm(8, width, epsilon=1e-5)
+        self.norm1 = GroupNorm(_NORM_GROUPS, width, epsilon=1e-5)
         self.conv1 = Conv(width, width, 3, padding=1, rngs=rngs)
-        self.norm2 = GroupNorm(8, width, epsilon=1e-5)
+        self.norm2 = GroupNorm(_NORM_GROUPS, width, epsilon=1e-5)
         self.conv2 = Conv(width, width, 3, padding=1, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
@@ -74,7 +81,7 @@ class Detector(nnx.Module):
         self.fine = nnx.List([_Residual(w[0], rngs=rngs) for _ in range(config.blocks[0])])
         self.down = Conv(w[0], w[1], 3, stride=2, padding=1, rngs=rngs)
         self.coarse = nnx.List([_Residual(w[1], rngs=rngs) for _ in range(config.blocks[1])])
-        self.norm = GroupNorm(8, w[1], epsilon=1e-5)
+        self.norm = GroupNorm(_NORM_GROUPS, w[1], epsilon=1e-5)
         self.head = Conv(w[1], sum(_HEADS.values()) + 2, 1, rngs=rngs)
 
     def __call__(self, images: Float[Array, "N 32 32 3"]) -> dict[str, Array]:
@@ -248,9 +255,15 @@ class Verifier:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Verifier:
-        """Reads what ``save`` wrote."""
+        """Reads what ``save`` wrote.
+
+        Raises:
+          InputError: the files are missing or damaged, or do not fit together.
+        """
         folder = Path(folder)
-        config = json.loads((folder / _CONFIG).read_text())
+        config = schema.read(folder / _CONFIG, _RULES)
+        if absent := [key for key in _RULES if key not in config]:
+            raise InputError(f"{folder / _CONFIG}: it lacks {' and '.join(absent)}; {schema.FIX}")
         model = Detector(VerifierConfig(tuple(config["widths"]), tuple(config["blocks"])), rngs=nnx.Rngs(0))
         tensors = read_safetensors(folder / _WEIGHTS)
         graphdef, state = nnx.split(model)

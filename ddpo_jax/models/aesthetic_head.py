@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ddpo_jax.errors import InputError
+from ddpo_jax.models import schema
 from ddpo_jax.types import AnyArray
 
 
@@ -47,6 +49,15 @@ class AestheticHeadConfig:
         if "widths" in kept:
             kept["widths"] = tuple(kept["widths"])
         return cls(**kept)
+
+    @classmethod
+    def from_file(cls, path: Path) -> AestheticHeadConfig:
+        """Reads the config.json beside a head.
+
+        Raises:
+          InputError: it is not readable, or does not describe a head.
+        """
+        return cls.from_dict(schema.read(path, schema.AESTHETIC_HEAD))
 
 
 class _Dropout(nnx.Module):

@@ -9,8 +9,8 @@ layers. There are no absolute positions at the input. Attribute names are those 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ import tokenizers
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from ddpo_jax.config.model import read_json
 from ddpo_jax.errors import InputError
-from ddpo_jax.models import keys, weights
+from ddpo_jax.models import keys, schema, weights
+from ddpo_jax.models.tokenizer import checked_merges, checked_vocabulary, read_merges, whole_vocabulary
 
 MAX_LENGTH = 512  # tokens of a text, [CLS] and [SEP] included; the rest is cut
 _CLS, _SEP, _PAD = "[CLS]", "[SEP]", "[PAD]"
@@ -216,15 +218,22 @@ class Tokenizer:
     def from_folder(cls, folder: Path) -> Tokenizer:
         """Reads tokenizer.json, or else vocab.json and merges.txt.
 
+        Of tokenizer.json only the vocabulary and the merges are used: how a text is cut is the same in every DeBERTa,
+        and the library panics on a file that contradicts itself.
+
         Raises:
-          InputError: the folder has neither.
+          InputError: the folder has neither, or they do not hold a vocabulary with its merges.
         """
-        if (folder / "tokenizer.json").is_file():
-            return cls(tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")), str(folder))
-        files = [str(folder / name) for name in ("vocab.json", "merges.txt")]
-        if not all(Path(file).is_file() for file in files):
+        whole, file, merged = (folder / name for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+        if os.path.lexists(whole):
+            wanted, kind = {"type": "BPE"}, "DeBERTa's byte-level BPE tokenizer"
+            vocab, merges = whole_vocabulary(whole, read_json(whole), wanted, kind, schema.MAX_TOKENS)
+        elif os.path.lexists(file) and os.path.lexists(merged):
+            vocab = checked_vocabulary(file, read_json(file), schema.MAX_TOKENS)
+            merges = checked_merges(merged, read_merges(merged), vocab)
+        else:
             raise InputError(f"{folder}: no tokenizer.json, and no vocab.json with merges.txt; copy them there")
-        core = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(*files))
+        core = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
         core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         known = [name for name in (_PAD, _CLS, _SEP, "[UNK]", "[MASK]") if core.token_to_id(name) is not None]
         core.add_special_tokens(known)
@@ -253,9 +262,9 @@ def load(folder: Path, layer: int) -> tuple[Deberta, Tokenizer]:
       InputError: the folder is not that of a DeBERTa (version 1), or it has fewer layers.
     """
     file = folder / "config.json"
-    if not file.is_file():
+    if not os.path.lexists(file):
         raise InputError(f"{folder}: no config.json there; give the folder of microsoft/deberta-xlarge-mnli")
-    config = DebertaConfig.from_dict(json.loads(file.read_text(encoding="utf-8")), str(file))
+    config = DebertaConfig.from_dict(schema.read(file, schema.DEBERTA), str(file))
     if not 1 <= layer <= config.num_hidden_layers:
         raise InputError(f"{folder}: layer {layer} was asked for; it has layers 1 to {config.num_hidden_layers}")
     tokenizer = Tokenizer.from_folder(folder)

@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from ddpo_jax.config.model import read_json
 from ddpo_jax.errors import InputError
 
 ConfigT = TypeVar("ConfigT")
@@ -72,6 +74,13 @@ def one_of(*options: Any) -> Rule:
     return Rule(lambda value: any(_same(value, option) for option in options), f"it must be one of {words}")
 
 
+def number(low: float, high: float) -> Rule:
+    """A number in [low, high]."""
+    return Rule(
+        lambda value: is_number(value) and low <= value <= high, f"it must be a number from {low:g} to {high:g}"
+    )
+
+
 def many(item: Rule, low: int, high: int, words: str) -> Rule:
     """A list of ``low`` to ``high`` values that each follow ``item``."""
     return Rule(lambda value: _is_list(value, low, high) and all(map(item.holds, value)), words)
@@ -94,6 +103,7 @@ def _same(value: Any, option: Any) -> bool:
 BOOL = Rule(lambda value: isinstance(value, bool), "it must be true or false")
 TEXT = Rule(lambda value: isinstance(value, str) and value != "", "it must be a text")
 NULL = Rule(lambda value: value is None, "it must be null")
+OBJECT = Rule(lambda value: isinstance(value, dict), "it must be an object")
 SIZE = whole(1, MAX_SIZE)
 _LAYERS = whole(1, _MAX_LAYERS)
 _EPSILON = between(0, 1)
@@ -158,6 +168,26 @@ CLIP_TEXT = _CLIP_TOWER | {
     "eos_token_id": whole(0, MAX_TOKENS - 1),
 }
 CLIP_VISION = _CLIP_TOWER | {"num_channels": one_of(3), "image_size": SIZE, "patch_size": SIZE}
+CLIP = {
+    "projection_dim": SIZE,
+    "logit_scale_init_value": number(-100, 100),
+    **dict.fromkeys(("text_config", "text_config_dict", "vision_config", "vision_config_dict"), either(OBJECT, NULL)),
+}
+_COLOURS = "it must be a list of three numbers"
+CLIP_IMAGES = {
+    "image_mean": many(number(0, 1), 3, 3, _COLOURS),
+    "image_std": many(between(0, 1e3), 3, 3, _COLOURS),
+}
+DEBERTA = {
+    "vocab_size": whole(1, MAX_TOKENS),
+    **dict.fromkeys(("hidden_size", "num_attention_heads", "intermediate_size", "max_position_embeddings"), SIZE),
+    "num_hidden_layers": _LAYERS,
+    "max_relative_positions": whole(-1, MAX_SIZE),
+    "layer_norm_eps": _EPSILON,
+    "pad_token_id": whole(0, MAX_TOKENS),
+    "pos_att_type": either(TEXT, either(NULL, _TEXTS)),
+}
+AESTHETIC_HEAD = {"embed_dim": SIZE, "widths": many(SIZE, 5, 5, "it must be a list of five whole numbers above 0")}
 SCHEDULER = {
     "_class_name": TEXT,
     "num_train_timesteps": whole(1, _MAX_STEPS),
@@ -205,6 +235,17 @@ def check(where: str, values: Mapping[str, Any], table: Mapping[str, Rule], fix:
       fix: what the user can do.
     """
     refuse(where, faults(values, table, fix))
+
+
+def read(path: Path, table: Mapping[str, Rule], fix: str = FIX) -> dict[str, Any]:
+    """The object in a JSON file, see ``check``.
+
+    Raises:
+      InputError: it cannot be read, or a line for each value that breaks its rule.
+    """
+    values = read_json(path)
+    check(str(path), values, table, fix)
+    return values
 
 
 def read_config(

@@ -24,6 +24,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 END_OF_WORD = "</w>"
 # Words: contractions, runs of letters, single digits, runs of anything else (the pattern published with CLIP).
 _WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+_MODEL = {"type": "BPE", "end_of_word_suffix": END_OF_WORD}  # of a tokenizer.json
 _SPECIAL = ("unk_token", "bos_token", "eos_token", "pad_token")
 _ADDED = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), schema.BOOL)
 
@@ -101,10 +102,12 @@ class Tokenizer:
         config, whole = _optional(folder / "tokenizer_config.json"), _optional(folder / "tokenizer.json")
         schema.check(str(folder / "tokenizer_config.json"), config, schema.TOKENIZER)
         if os.path.lexists(folder / "vocab.json") and os.path.lexists(folder / "merges.txt"):
-            vocab = _checked_vocabulary(folder / "vocab.json", read_json(folder / "vocab.json"))
-            merges = _checked_merges(folder / "merges.txt", _read_merges(folder / "merges.txt"), vocab)
+            vocab = checked_vocabulary(folder / "vocab.json", read_json(folder / "vocab.json"))
+            merges = checked_merges(folder / "merges.txt", read_merges(folder / "merges.txt"), vocab)
         elif whole:
-            vocab, merges = _whole_vocabulary(folder / "tokenizer.json", whole)
+            vocab, merges = whole_vocabulary(
+                folder / "tokenizer.json", whole, _MODEL, "a CLIP byte-level BPE tokenizer"
+            )
         else:
             raise InputError(f"{folder}: no tokenizer here; expected tokenizer.json, or vocab.json and merges.txt")
         special = {key: _text(config[key]) for key in _SPECIAL if key in config and config[key] is not None}
@@ -189,7 +192,8 @@ def _optional(path: Path) -> dict[str, Any]:
     return read_json(path) if os.path.lexists(path) else {}
 
 
-def _read_merges(path: Path) -> list[Any]:
+def read_merges(path: Path) -> list[Any]:
+    """The merges of a merges.txt, one a line, not checked yet."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
@@ -197,20 +201,32 @@ def _read_merges(path: Path) -> list[Any]:
     return [tuple(line.split(" ")) for line in lines if line.strip() and not line.startswith("#version")]
 
 
-def _checked_vocabulary(path: Path, vocab: Any) -> dict[str, int]:
-    rule = "it must be an object of texts and the numbers 0, 1, 2, ..., each once"
+def checked_vocabulary(path: Path, vocab: Any, highest: int | None = None) -> dict[str, int]:
+    """``vocab``, if it gives every token a number of its own: 0, 1, 2, ..., or with gaps up to ``highest``.
+
+    Raises:
+      InputError: it does not; ``path`` is where it was read.
+    """
+    numbers = "the numbers 0, 1, 2, ..., each once" if highest is None else "different whole numbers"
+    rule = f"it must be an object of texts and {numbers}"
     if not isinstance(vocab, dict) or not vocab:
         raise InputError(f"{path} vocabulary: received {schema.shown(vocab)}; {rule}; {schema.FIX}")
+    top = len(vocab) - 1 if highest is None else highest
     seen: set[int] = set()
     for token, number in vocab.items():
-        if not schema.is_whole(number, 0, len(vocab) - 1) or number in seen or not _is_text(token):
+        if not schema.is_whole(number, 0, top) or number in seen or not _is_text(token):
             where = f"{path} {schema.shown(token)}"
             raise InputError(f"{where}: received {schema.shown(number)}; {rule}; {schema.FIX}")
         seen.add(number)
     return vocab
 
 
-def _checked_merges(path: Path, merges: Any, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+def checked_merges(path: Path, merges: Any, vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """``merges``, if each joins two tokens of the vocabulary to a third.
+
+    Raises:
+      InputError: one does not; ``path`` is where they were read.
+    """
     rule = "each merge must be two tokens of the vocabulary that make a third"
     if not isinstance(merges, list):
         raise InputError(f"{path} merges: received {schema.shown(merges)}; {rule}; {schema.FIX}")
@@ -222,17 +238,29 @@ def _checked_merges(path: Path, merges: Any, vocab: Mapping[str, int]) -> list[t
     return merges
 
 
-def _whole_vocabulary(path: Path, whole: Mapping[str, Any]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Vocabulary and merges of a tokenizer.json, which holds a merge as a text or as a pair."""
+def whole_vocabulary(
+    path: Path, whole: Mapping[str, Any], wanted: Mapping[str, Any], kind: str, highest: int | None = None
+) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Vocabulary and merges of a tokenizer.json, which holds a merge as a text or as a pair.
+
+    Args:
+      path: where it was read.
+      whole: its content.
+      wanted: what its model must say of itself.
+      kind: of tokenizer, for the message.
+      highest: see ``checked_vocabulary``.
+
+    Raises:
+      InputError: it is another kind of tokenizer, or contradicts itself.
+    """
     model = whole["model"] if "model" in whole else None
-    wanted = {"type": "BPE", "end_of_word_suffix": END_OF_WORD}
     if not isinstance(model, dict) or any(key not in model or model[key] != value for key, value in wanted.items()):
-        raise InputError(f"{path}: only a CLIP byte-level BPE tokenizer is supported; give the folder of such a one")
+        raise InputError(f"{path}: only {kind} is supported; give the folder of such a one")
     vocab, merges = (model[key] if key in model else None for key in ("vocab", "merges"))
     if isinstance(merges, list):
         merges = [tuple(x.split(" ")) if isinstance(x, str) else tuple(x) if isinstance(x, list) else x for x in merges]
-    checked = _checked_vocabulary(path, vocab)
-    return checked, _checked_merges(path, merges, checked)
+    checked = checked_vocabulary(path, vocab, highest)
+    return checked, checked_merges(path, merges, checked)
 
 
 def _is_text(value: Any) -> bool:

@@ -60,7 +60,7 @@ def measure(config: ConfigDict, parts: Parts, repeats: int, work: capacity.Work 
       repeats: timed runs of each.
       work: operations of a sample, for the share of the chip's peak.
     """
-    state, stats, options = parts.init(), PromptStats(), config.train
+    state, options = parts.init(), config.train
     steps, trained = config.sample.num_steps, int(parts.trained_steps.sum())
     rollouts: list[Rollout] = []
 
@@ -88,14 +88,25 @@ def measure(config: ConfigDict, parts: Parts, repeats: int, work: capacity.Work 
             *share(name, work.update_step if work else None, pairs / typical, parts),
         ]
 
+    return rows + epoch_rows(config, parts, state, repeats) + peak_memory()
+
+
+def epoch_rows(config: ConfigDict, parts: Parts, state: TrainState, repeats: int) -> list[Row]:
+    """Times of whole epochs, and the share of one in which all else waits for the reward."""
+    stats, rollouts = PromptStats(), list[Rollout]()
+
     def epoch() -> None:
         nonlocal state
-        collect()
+        rollouts.append(parts.collector.collect(len(rollouts), state.params))
         state, _ = epochs.update(parts, config, state, stats, rollouts[-1], len(rollouts) - 1)
 
     _, typical = median_time(epoch, repeats)
-    rows += [("whole epoch", images / typical, "reward queries/s"), ("whole epoch", typical, "s")]
-    return rows + peak_memory()
+    waited = statistics.median(rollout.reward_s for rollout in rollouts[1:])
+    return [
+        ("whole epoch", len(rollouts[-1].prompts) / typical, "reward queries/s"),
+        ("whole epoch", typical, "s"),
+        (f"whole epoch, waiting for {config.reward.name}", 100 * waited / typical, "%"),
+    ]
 
 
 def time_update(

@@ -10,7 +10,6 @@ basis vector; Stable Diffusion 1.5 averages 5.44 on the papers' 45 animals.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,10 +98,9 @@ def load_head(path: Path, embed_dim: int) -> aesthetic_head.AestheticHead:
     with _clip.blamed("reward.head", path):
         if path.name == weights.entry(PUBLISHED).file:
             weights.verify(path, PUBLISHED)
-        values = {"embed_dim": embed_dim}
-        if (path.parent / "config.json").is_file() and path.name == "head.safetensors":
-            values = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-        head_config = aesthetic_head.AestheticHeadConfig.from_dict(values)
+        head_config = aesthetic_head.AestheticHeadConfig(embed_dim)
+        if (beside := path.parent / "config.json").exists() and path.name == "head.safetensors":
+            head_config = aesthetic_head.AestheticHeadConfig.from_file(beside)
         if head_config.embed_dim != embed_dim:
             raise InputError(
                 f"it reads embeddings of width {head_config.embed_dim}, but reward.clip gives {embed_dim}; "

@@ -22,15 +22,15 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from ddpo_jax import errors, find, sharding
-from ddpo_jax.config import default_config, keys, with_choices
+from ddpo_jax.config import default_config
 from ddpo_jax.config.model import read_json
 from ddpo_jax.config.override import override
-from ddpo_jax.config.resolve import resolve
 from ddpo_jax.errors import InputError
 from ddpo_jax.prompts import make_prompts
 from ddpo_jax.rewards._shared.check import call
 from ddpo_jax.rollout import scoring as reward_runner
 from ddpo_jax.studies import curves
+from ddpo_jax.studies.rewards import choose_rewards
 from ddpo_jax.training.build import make_sampler
 from ddpo_jax.training.trained import load_trained
 from ddpo_jax.workdir import files, grid, show
@@ -83,16 +83,8 @@ def make_rewards(config: ConfigDict, text: str) -> Rewards:
     """
     if not text:
         return {config.reward.name: reward_runner.make_reward(config.reward, find.find("rewards", config.reward.name))}
-    rewards: Rewards = {}
-    for item in keys.split(text):
-        name, bracket, options = item.partition("[")
-        if bracket and not options.endswith("]"):
-            raise InputError(f"--rewards: received {item!r}; it must be name or name[option=value,...]")
-        chosen = ConfigDict(config)
-        arg = ",".join([f"reward={name}", *(f"reward.{option}" for option in keys.split(options.removesuffix("]")))])
-        chosen, members = resolve(with_choices(chosen, arg), jax.default_backend(), jax.device_count())
-        rewards[item] = reward_runner.make_reward(chosen.reward, members.reward)
-    return rewards
+    chosen = choose_rewards(config, text)
+    return {name: reward_runner.make_reward(section, member) for name, (section, member) in chosen.items()}
 
 
 def score_chunks(

@@ -18,6 +18,7 @@ from ddpo_jax.training.state import restore, save, show_fixed
 from ddpo_jax.workdir import checkpoint, metrics
 from ddpo_jax.workdir.folder import Signals, finish, refuse_other_run
 from ddpo_jax.workdir.lock import Lock
+from ddpo_jax.workdir.tracker import Tracker
 
 
 def train(ready: Ready, workdir: pathlib.Path) -> None:
@@ -52,7 +53,8 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
         logging.info("%s", describe(parts, config))
         for doubt in doubts(config, parts.traits):
             logging.warning("%s", doubt)
-        with metrics.Writer(workdir, start) as writer:
+        tracker = Tracker(workdir, config.log.wandb, config) if config.log.wandb else None
+        with metrics.Writer(workdir, start, tracker) as writer:
             progress = metrics.Progress(config.num_epochs, start)
             if start == 0:
                 show_fixed(writer, parts, config, state, 0)

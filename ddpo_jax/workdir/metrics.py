@@ -20,6 +20,7 @@ from tqdm import tqdm
 from ddpo_jax.errors import InputError, one_line
 from ddpo_jax.workdir import files, grid, show
 from ddpo_jax.workdir.events import Events
+from ddpo_jax.workdir.tracker import Tracker
 
 FILE = "metrics.jsonl"
 
@@ -33,9 +34,10 @@ class Writer:
       workdir: the folder; made if it does not exist.
       start_epoch: first epoch this process will write. Rows of it and later ones, which a killed process left behind,
         are dropped (and hidden in TensorBoard), so that every epoch appears once.
+      tracker: gets the same rows and pictures as TensorBoard, and is closed with the writer.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], start_epoch: int = 0):
+    def __init__(self, workdir: str | os.PathLike[str], start_epoch: int = 0, tracker: Tracker | None = None):
         self._workdir = pathlib.Path(workdir)
         self._path = self._workdir / FILE
         rows = [row for row in read_metrics(self._workdir) if row["epoch"] < start_epoch]
@@ -48,7 +50,8 @@ class Writer:
         with files.writing(self._workdir):
             (self._workdir / "samples").mkdir(parents=True, exist_ok=True)
         self._file = self._open()
-        self._events = Events(self._workdir, start_epoch)
+        events = Events(self._workdir, start_epoch)
+        self._sinks: list[Events | Tracker] = [events, tracker] if tracker else [events]
 
     def _open(self) -> int:
         """Writes all lines there are into a new file and opens it to append more."""
@@ -74,7 +77,8 @@ class Writer:
             os.close(self._file)
             self._file = self._open()
         shown = {key: value for key, value in plain.items() if key != "epoch" and isinstance(value, int | float)}
-        self._events.scalars(row["epoch"], shown)
+        for sink in self._sinks:
+            sink.scalars(row["epoch"], shown)
 
     def images(
         self, epoch: int, images: np.ndarray, prompts: Sequence[str], rewards: Sequence[float] | np.ndarray
@@ -93,7 +97,7 @@ class Writer:
         title = f"epoch {epoch}   mean reward of these {len(images)}: {np.mean(rewards):.4g}"
         captions = [f"{prompt}\nreward {reward:.4g}" for prompt, reward in zip(prompts, rewards, strict=True)]
         picture = grid.captioned(images, captions, title)
-        self._events.image(epoch, "samples", np.asarray(picture))
+        self._show(epoch, "samples", picture)
         return self._save(f"epoch_{epoch:04d}", picture)
 
     def fixed(self, epochs: int, images: np.ndarray, prompts: Sequence[str]) -> None:
@@ -109,7 +113,7 @@ class Writer:
         """
         title = f"after {epochs} epoch{'s' * (epochs > 1)}" if epochs else "before training"
         picture = grid.captioned(images, prompts, title)
-        self._events.image(epochs, "fixed_prompts", np.asarray(picture))
+        self._show(epochs, "fixed_prompts", picture)
         path, before = self._save("after" if epochs else "before", picture), self._workdir / "samples" / "before.png"
         if path != before and before.exists():
             try:
@@ -120,6 +124,10 @@ class Writer:
             else:
                 self._save("before_after", grid.side_by_side([earlier, picture]))
 
+    def _show(self, epoch: int, name: str, picture: Image.Image) -> None:
+        for sink in self._sinks:
+            sink.image(epoch, name, np.asarray(picture))
+
     def _save(self, name: str, picture: Image.Image) -> pathlib.Path:
         path = self._workdir / "samples" / f"{name}.png"
         with files.replacing(path) as temporary:
@@ -129,7 +137,8 @@ class Writer:
     def close(self) -> None:
         """Closes the files."""
         os.close(self._file)
-        self._events.close()
+        for sink in self._sinks:
+            sink.close()
 
     def __enter__(self) -> Writer:
         return self

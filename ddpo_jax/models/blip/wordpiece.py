@@ -7,7 +7,6 @@ pieces, [SEP], then [PAD].
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,10 @@ import tokenizers
 from jaxtyping import Bool, Int
 from tokenizers import models, normalizers, pre_tokenizers, processors
 
-from ddpo_jax.errors import InputError
+from ddpo_jax.config.model import read_json
+from ddpo_jax.errors import InputError, one_line
+from ddpo_jax.models import schema
+from ddpo_jax.models.tokenizer import checked_vocabulary
 
 DECODE, ENCODE = "[DEC]", "[ENC]"  # begins an answer; replaces [CLS] of a question
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -67,9 +69,9 @@ class WordPiece:
         """
         folder = Path(path)
         plain, whole = folder / "vocab.txt", folder / "tokenizer.json"
-        if plain.is_file():
+        if os.path.lexists(plain):
             file, vocab = plain, _lines(plain)
-        elif whole.is_file():
+        elif os.path.lexists(whole):
             file, vocab = whole, _model(whole)
         else:
             raise InputError(f"{folder}: received no vocab.txt; put that of google-bert/bert-base-uncased there")
@@ -99,17 +101,19 @@ class WordPiece:
 
 def _lines(file: Path) -> dict[str, int]:
     try:
-        tokens = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        tokens = file.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: byte {error.start} is not UTF-8 text; download the file again") from error
-    return {token: index for index, token in enumerate(tokens)}
+    except OSError as error:
+        raise InputError(f"{file}: it cannot be read: {one_line(error)}; download the file again") from error
+    return checked_vocabulary(file, {token: index for index, token in enumerate(tokens)})
 
 
 def _model(file: Path) -> dict[str, int]:
-    try:
-        model = json.loads(file.read_text(encoding="utf-8"))["model"]
-        if model["type"] == "WordPiece":
-            return model["vocab"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: not a tokenizer.json ({error}); download the file again") from error
-    raise InputError(f"{file}: received a {model['type']} tokenizer; it must be the WordPiece of bert-base-uncased")
+    whole = read_json(file)
+    model = whole["model"] if "model" in whole else None
+    kind, vocab = (model[key] if isinstance(model, dict) and key in model else None for key in ("type", "vocab"))
+    if kind != "WordPiece":
+        what = schema.shown(kind)
+        raise InputError(f"{file} model: received the type {what}; it must be the WordPiece of bert-base-uncased")
+    return checked_vocabulary(file, vocab)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from ddpo_jax.errors import InputError
+from ddpo_jax.models import schema
 
 ACTIVATIONS = ("gelu", "quick_gelu")
 # The eos id written by old configs; it was wrong, and transformers keeps the pooling rule that went with it.
@@ -39,8 +40,9 @@ _FIXED: dict[str, Any] = {
 C = TypeVar("C")
 
 
-def _read(cls: type[C], values: Mapping[str, Any], where: str) -> C:
+def _read(cls: type[C], values: Mapping[str, Any], table: Mapping[str, schema.Rule], where: str) -> C:
     """Builds the dataclass `cls` from a config.json; unknown keys and unsupported values are refused by name."""
+    schema.check(where, values, table)
     names = {field.name for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     kept = {key: value for key, value in values.items() if key in names}
     for key, value in values.items():
@@ -86,7 +88,7 @@ class CLIPTextConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLIPTextConfig:
         """Reads a `CLIPTextModel` config.json (or the `text_config` of a `CLIPModel` one)."""
-        return _read(cls, values, "text encoder config")
+        return _read(cls, values, schema.CLIP_TEXT, "text encoder config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +117,7 @@ class CLIPVisionConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLIPVisionConfig:
         """Reads a `CLIPVisionModel` config.json (or the `vision_config` of a `CLIPModel` one)."""
-        return _read(cls, values, "vision encoder config")
+        return _read(cls, values, schema.CLIP_VISION, "vision encoder config")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +132,7 @@ class CLIPConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CLIPConfig:
         """Reads a `CLIPModel` config.json. The old `*_config_dict` entries override, as in transformers."""
+        schema.check("CLIP config", values, schema.CLIP)
         towers = {}
         for name in ("text", "vision"):
             merged: dict[str, Any] = {}
@@ -138,7 +141,8 @@ class CLIPConfig:
                     merged.update(values[key])
             towers[name] = merged
         handled = {"text_config", "text_config_dict", "vision_config", "vision_config_dict"}
-        own = _read(_CLIPOwn, {key: value for key, value in values.items() if key not in handled}, "CLIP config")
+        rest = {key: value for key, value in values.items() if key not in handled}
+        own = _read(_CLIPOwn, rest, schema.CLIP, "CLIP config")
         return cls(
             text=CLIPTextConfig.from_dict(towers["text"]),
             vision=CLIPVisionConfig.from_dict(towers["vision"]),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from ml_collections import ConfigDict
 
 import ddpo_jax
 from ddpo_jax.errors import InputError, one_line
-from ddpo_jax.models import clip, keys, preprocess, weights
+from ddpo_jax.models import clip, keys, preprocess, schema, weights
 from ddpo_jax.models.clip import names
 from ddpo_jax.models.tokenizer import Tokenizer
 
@@ -178,9 +177,9 @@ class Processor:
           InputError: it asks for anything but shortest side, bicubic, centre crop to ``image_size``, normalise.
         """
         file = folder / "preprocessor_config.json"
-        if not file.is_file():
+        if not file.exists():
             return cls(image_size)
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = schema.read(file, schema.CLIP_IMAGES)
         wanted = {
             "size": (image_size, {"shortest_edge": image_size}, {"height": image_size, "width": image_size}),
             "crop_size": (image_size, {"height": image_size, "width": image_size}),
@@ -208,7 +207,7 @@ def read_config(path: Path, published: Published, exact: bool = False) -> clip.C
     """The folder's config.json; a file of weights is the published network, and with ``exact`` so must a folder be."""
     if path.is_file():
         return published.config
-    config = clip.CLIPConfig.from_dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
+    config = clip.CLIPConfig.from_dict(schema.read(path / "config.json", schema.CLIP))
     found, wanted = _architecture(config), _architecture(published.config)
     if exact and found != wanted:
         faults = [

@@ -95,8 +95,8 @@ def test_tokenizer_json_gives_the_same(folder, tmp_path):
         ("", b"", "received no vocab.txt; put that of google-bert/bert-base-uncased there"),
         ("vocab.txt", b"a\nb\n", r"vocab.txt: the vocabulary has no \[PAD\], \[UNK\], \[CLS\]"),
         ("vocab.txt", b"\xff\xfe", "vocab.txt: byte 0 is not UTF-8 text"),
-        ("tokenizer.json", b"{", "not a tokenizer.json"),
-        ("tokenizer.json", json.dumps({"model": {"type": "BPE", "vocab": {}}}).encode(), "received a BPE tokenizer"),
+        ("tokenizer.json", b"{", "tokenizer.json: it cannot be read as JSON"),
+        ("tokenizer.json", json.dumps({"model": {"type": "BPE", "vocab": {}}}).encode(), "received the type .BPE."),
     ],
 )
 def test_unusable_folders_are_refused(tmp_path, name, content, message):
