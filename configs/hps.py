@@ -1,4 +1,4 @@
-"""DDPO for Human Preference Score v2.1, a CLIP H/14 trained on people's choices; on the miniature its own CLIP stands in.
+"""DDPO for Human Preference Score v2.1, a CLIP H/14 trained on people's choices; the miniature's CLIP can stand in.
 
 command:   python -m ddpo_jax.main --config=configs/hps.py
 weights:   ddpo_jax weights hps_v2_1 clip_tokenizer (2.0 GB; none on the miniature). Downloaded at the first use; for a

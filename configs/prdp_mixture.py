@@ -1,15 +1,15 @@
 """PRDP for the mixture of rewards of its paper, 10 PickScore + 2 HPSv2 + 0.05 aesthetic (Deng et al. 2024).
 
 command:   python -m ddpo_jax.main --config=configs/prdp_mixture.py
-weights:   ddpo_jax weights pickscore hps_v2 clip_l14 clip_tokenizer (none on the miniature, whose CLIP and head stand in)
-           and aesthetic_head, by hand. Put them into a folder and name it by the variable DDPO_WEIGHTS
+weights:   ddpo_jax weights pickscore hps_v2 clip_l14 clip_tokenizer, and aesthetic_head by hand (none on the miniature,
+           whose CLIP and head stand in). A folder of them is named by the variable DDPO_WEIGHTS
 run time:  not run at full size here: no accelerator
 expect:    not measured yet; all three parts should rise, reward/pickscore, reward/hps and reward/aesthetic
 
 PickScore is divided by 100, as in the paper. The sizes are this project's; those of the paper's large scale are
 configs/papers/prdp_large.py:reward=weighted,reward.rewards='pickscore=10,hps=2,aesthetic=0.05',prompts.path=FILE.
-Choices follow a colon: with configs/prdp_mixture.py:reward.normalise=advantages the weights are of standardised rewards,
-for which reward.rewards='pickscore=1,hps=1,aesthetic=1' is the natural choice.
+Choices follow a colon. With reward.normalise=advantages the weights are of standardised rewards, for which
+reward.rewards='pickscore=1,hps=1,aesthetic=1' is the natural choice.
 """
 
 from ml_collections import ConfigDict
