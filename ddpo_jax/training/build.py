@@ -133,11 +133,12 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     """
     config, members = ready.config, ready.members
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp) if mesh is None else mesh
-    reward = make_reward(config.reward, members.reward, mesh)
-    grouped = in_groups(reward, config.prompts.samples_per_prompt, config.reward.name)
-    check_reward(reward, config, members.traits(config))
-    prompt_fn = make_prompts(config.prompts, members.prompts)
     algorithm, weighting, traits = members.algorithm, members.weighting, members.traits(config)
+    there = None if model is not None and _is_shape(model.params, model.frozen) else mesh
+    reward = make_reward(config.reward, members.reward, there)
+    grouped = in_groups(reward, config.prompts.samples_per_prompt, config.reward.name)
+    check_reward(reward, config, traits)
+    prompt_fn = make_prompts(config.prompts, members.prompts)
 
     model = load_model(config) if model is None else model
     sampler = make_sampler(model, config, mesh, functools.partial(weighting.weights, config=config.weighting))
@@ -179,7 +180,7 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh)
     evaluation = None
     if config.log.evaluate_every:
-        others = {name: make_reward(*other_reward(config, name), mesh) for name in config.log.evaluate_also}
+        others = {name: make_reward(*other_reward(config, name), there) for name in config.log.evaluate_also}
         rewards = {"reward": reward} | others
         sizes = config.log.evaluate_images, config.sample.batch_size, config.log.evaluate_every
         evaluation = Evaluation(sampler, prompt_fn, rewards, *sizes)

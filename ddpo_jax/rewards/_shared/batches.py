@@ -65,7 +65,8 @@ def in_batches(
     batch while they compute the one before; no more than those two are on them.
 
     Args:
-      model: the networks; their parameters are arguments of the compiled program, not constants in it.
+      model: the networks, which move to the devices; their parameters are arguments of the compiled program, not
+        constants in it.
       fn: (model, rows, further rows...) to rows, each computed on its own.
       config: ``batch_size`` is rows per call, over all devices, rounded up to a multiple of them; ``device`` is "mesh"
         (those of ``on_mesh``) or "host" (the processors of this machine).
@@ -83,6 +84,7 @@ def in_batches(
     split = NamedSharding(mesh, P("data"))
     graphdef, state = nnx.split(model)
     state = jax.device_put(state, NamedSharding(mesh, P()))
+    nnx.update(model, state)  # so that a second program of the model shares this copy, and none stays elsewhere
 
     def compute(state: Any, *rows: Array) -> Array:
         # Scores are published in float32. A reward network runs once per image, so this costs next to nothing.

@@ -44,8 +44,14 @@ def test_a_batch_is_shared_by_the_devices_of_the_policy_or_stays_on_the_host(mes
         seen.update(used((size, 2)))
         return rows
 
+    model, config = Scale(), ConfigDict({"batch_size": batch_size, "device": device})
     with batches.on_mesh(mesh):
-        run = batches.in_batches(Scale(), fn, ConfigDict({"batch_size": batch_size, "device": device}), prepare)
+        run = batches.in_batches(model, fn, config, prepare)
+        placed = model.by[...]
+        batches.in_batches(model, fn, config, prepare)
+    assert {each.id for each in placed.devices()} == numbers  # nothing stays on the first device
+    first, second = (x.addressable_shards[-1].data.unsafe_buffer_pointer() for x in (placed, model.by[...]))
+    assert first == second  # two programs of a model share its parameters
     rows = np.arange(46, dtype=np.uint8).reshape(23, 2)
     np.testing.assert_array_equal(run(rows), 3 * rows.astype(int).sum(1))  # made there, called anywhere
     assert {each.id for each in seen} == numbers
