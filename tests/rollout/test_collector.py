@@ -188,10 +188,10 @@ def test_no_more_than_two_batches_are_on_the_device(monkeypatch):
     images, counts, drawn = [], [], threading.Event()
 
     def watched(latents):
-        trajectories = [x for x in jax.live_arrays() if x.shape == (8, T + 1, *toy.SHAPE)]
+        trajectories = [x for x in jax.live_arrays() if x.shape == (4, T + 1, *toy.SHAPE)]
         images.append(weakref.ref(made := decode(latents)))
         counts.append((sum(image() is not None for image in images), len(trajectories)))
-        if len(images) == 5:
+        if len(images) == 6:
             drawn.set()
         return made
 
@@ -200,8 +200,8 @@ def test_no_more_than_two_batches_are_on_the_device(monkeypatch):
         return shown.mean((1, 2, 3))
 
     monkeypatch.setattr(CODEC, "decode", watched)
-    found = collect(collector(reward=slow, num_batches=5))
-    assert counts == [(1, 1), (2, 2), (2, 2), (2, 2), (2, 2)]
+    found = collect(collector(reward=slow, batch_size=4, num_batches=6))
+    assert counts == [(1, 1), *[(2, 2)] * 5]
     assert not any(image() is not None for image in images)
     np.testing.assert_array_equal(found.images, decode(found.latents[:, -1]))
 

@@ -113,7 +113,9 @@ def assigned(ready, light, red, ids):
         reward=types.SimpleNamespace(decoupled=dict(zip(names, (1.0, 0.5), strict=True))),
     )
     rollout = types.SimpleNamespace(
-        **{name: np.zeros((n, 1)) for name in ("latents", "log_prob", "context")},
+        latents=np.zeros((n, steps + 1, 1, 1, 1)),
+        log_prob=np.zeros((n, steps)),
+        context=np.zeros((n, 1, 1)),
         weights=np.ones((n, steps)),
         branch_step=0,
         prompts=["a"] * n,
