@@ -6,10 +6,9 @@ weights:   ddpo_jax weights pickscore hps_v2 clip_l14 clip_tokenizer, and aesthe
 run time:  not run at full size here: no accelerator
 expect:    not measured yet; all three parts should rise, reward/pickscore, reward/hps and reward/aesthetic
 
-PickScore is divided by 100, as in the paper. The sizes are this project's; those of the paper's large scale are
-configs/papers/prdp_large.py:reward=weighted,reward.rewards='pickscore=10,hps=2,aesthetic=0.05',prompts.path=FILE.
-Choices follow a colon. With reward.normalise=advantages the weights are of standardised rewards, for which
-reward.rewards='pickscore=1,hps=1,aesthetic=1' is the natural choice.
+PickScore is divided by 100, as in the paper. The sizes are this project's; those of the paper are in
+configs/papers/prdp_large.py. Choices follow a colon, such as configs/prdp_mixture.py:reward.normalise=advantages;
+the weights are then of standardised rewards, so add --config.reward.rewards=pickscore=1,hps=1,aesthetic=1
 """
 
 from ml_collections import ConfigDict

@@ -9,8 +9,10 @@ import pytest
 import tiny
 
 from ddpo_jax import find
+from ddpo_jax.commands import serve
 from ddpo_jax.errors import InputError
 from ddpo_jax.ops.advantages import PromptStats
+from ddpo_jax.studies import measure
 from ddpo_jax.training import epoch
 from ddpo_jax.training.build import build
 from ddpo_jax.training.loop import train
@@ -84,6 +86,13 @@ def test_a_group_of_one_is_refused_before_the_model_is_read(tmp_path, folder):
     ready = tiny.tiny_ready(folder, **{"reward.name": "own_kinds:better", "prompts.samples_per_prompt": 1})
     with pytest.raises(InputError, match=r"'own_kinds:better' compares .*; .*prompts.samples_per_prompt=4 brings 4$"):
         build(ready.with_values({"model": str(tmp_path / "none")}))
+
+
+def test_where_images_come_one_by_one_it_is_refused(folder):
+    with pytest.raises(InputError, match="'own_kinds:better' compares .* here they come one by one"):
+        measure.measure(tiny.tiny_ready(folder, **{"reward.name": "own_kinds:better"}), measure.Plan())
+    with pytest.raises(InputError, match="'own_kinds:better' compares .* here they come one by one"):
+        serve.main(["--reward=own_kinds:better", "--port=0"])
 
 
 # ---- standardised one by one ----
