@@ -91,6 +91,9 @@ class Traits:
         hold for any sampler.
       group: the baseline or the loss compares samples of a prompt: 2 or more of each, kept together in a minibatch. In
         replay they are kept together only where the loss couples them: a baseline is in their advantages already.
+      per_prompt: advantages, or the loss, compare a sample with others of its prompt, of this rollout or of earlier
+        ones; what all samples of a prompt have in common does not matter. Only then may a reward be standardised
+        within prompts (``reward.normalise``).
       standardized: advantages are in standard deviations of the reward, so ``adv_clip_max`` applies to them.
       shared_noise: all samples of a prompt in a rollout start from the same initial noise.
       branching: a rollout shares the first steps of a prompt's samples; the module has ``interval`` and ``select``.
@@ -106,6 +109,7 @@ class Traits:
     separable: bool = True
     on_policy: bool = False
     group: bool = False
+    per_prompt: bool = True
     standardized: bool = True
     shared_noise: bool = False
     branching: bool = False

@@ -34,6 +34,7 @@ from ddpo_jax.config import default_config
 from ddpo_jax.config.override import override
 from ddpo_jax.config.resolve import resolve
 from ddpo_jax.rewards._shared import check as _check
+from ddpo_jax.rewards._shared.groups import in_groups
 from ddpo_jax.rollout.scoring import make_reward
 from ddpo_jax.serving.compute import Compute
 from ddpo_jax.serving.server import MEGABYTE, Server
@@ -70,7 +71,8 @@ def serve(args: argparse.Namespace) -> None:
       Interrupted: a signal has ended it.
     """
     section, member = reward_config(args.reward, args.option, args.model)
-    score = functools.partial(_check.call, make_reward(section, member), name=args.reward)
+    reward = in_groups(make_reward(section, member), 1, args.reward)
+    score = functools.partial(_check.call, reward, name=args.reward)
     compute = Compute(score, args.reward, args.queue)
     stop = threading.Event()
     received: list[int] = []

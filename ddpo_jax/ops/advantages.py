@@ -52,6 +52,22 @@ def group_zscore(rewards: Rewards, prompt_ids: PromptIds, eps: float = 1e-6) -> 
     return (np.asarray(rewards, np.float64) - mean) / (std + eps)
 
 
+def decoupled(scores: Mapping[str, Rewards], weights: Mapping[str, float], prompt_ids: PromptIds) -> np.ndarray:
+    """Sum over several rewards of weight times ``group_zscore`` [N]: none drowns another by its scale.
+
+    An advantage that is a rising straight line of the reward within a prompt has the same z-score there, so this is the
+    sum of standardised advantages for every algorithm that compares the samples of a prompt.
+
+    Args:
+      scores: f64[N] by the reward's name.
+      weights: factors by the same names.
+      prompt_ids: i64[N].
+
+    Source: Liu et al. 2026, arXiv:2601.05242 (GDPO), without its last step, ``zscore`` over the batch.
+    """
+    return np.sum([weight * group_zscore(scores[name], prompt_ids) for name, weight in weights.items()], axis=0)
+
+
 def deviation(rewards: Rewards, prompt_ids: PromptIds | None = None) -> float:
     """Standard deviation of the rewards, or with prompt ids that of what is left of them after their prompt's mean."""
     rewards = np.asarray(rewards, np.float64)

@@ -10,6 +10,13 @@ Higher is better. ``fn`` runs on a host thread while the device samples the next
 is deterministic, does not mutate its arguments, and scores every image on its own (permuting the batch permutes the
 scores). The parts are logged as ``reward/<part>``; a part is NaN for the images it does not apply to, a score never is.
 
+Or a reward may compare the images of a prompt with each other: if its ``fn`` has ``groupwise = True``, every call is of
+the K = ``prompts.samples_per_prompt`` images of one draw of a prompt, all of them, in the order in which they were
+drawn. The K scores must be comparable; those of another prompt need not be.
+
+A reward whose ``fn`` has ``decoupled = {part: weight}`` asks for the sum of those parts' advantages, each standardised
+within its prompt, in place of its score's (``reward.normalise`` of ``weighted``).
+
 A reward that waits for others, such as people or a server, may take as long as it likes if its ``fn`` is an object with
 ``waits_for_others = True``; then it says in the log what it waits for, and its method ``close()`` ends the wait.
 

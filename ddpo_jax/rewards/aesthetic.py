@@ -24,6 +24,7 @@ from ddpo_jax.errors import InputError
 from ddpo_jax.models import aesthetic_head, keys, weights
 from ddpo_jax.models.clip import CLIPVisionProjected
 from ddpo_jax.rewards._shared import clip as _clip
+from ddpo_jax.rewards._shared.batches import in_batches
 
 AUTO = {"weights": ("mini", "laion")}
 PUBLISHED = "aesthetic_head"  # LAION's head in the catalogue of weights
@@ -38,6 +39,7 @@ def default_config() -> ConfigDict:
     config.weights_dir = ""  # folder with the published files; empty = $DDPO_WEIGHTS, the caches, then the hub
     config.dtype = "float32"  # of the tower's products: float32, or bfloat16: faster, but good to 2 digits only
     config.batch_size = 32  # images per call of the network
+    config.device = "mesh"  # mesh = the devices of the policy share every batch; host = this machine's processors
     return config
 
 
@@ -61,7 +63,7 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
         embeddings = networks.vision(processor(images))
         return aesthetic_head.score(networks.head, embeddings.astype(jnp.float32))
 
-    run = _clip.in_batches(_Networks(vision, head), score, config.batch_size, processor.crop)
+    run = in_batches(_Networks(vision, head), score, config, processor.crop)
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
         del prompts, metadata

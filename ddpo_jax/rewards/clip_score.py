@@ -36,6 +36,7 @@ def default_config() -> ConfigDict:
     config.scale = "1"  # 1 = cosine; 100 = 100 cosine; clipscore = 2.5 max(cosine, 0)
     config.dtype = "float32"  # of the network's products: float32, or bfloat16: faster, but good to 2 digits only
     config.batch_size = 32  # images, and prompts, per call of the network
+    config.device = "mesh"  # mesh = the devices of the policy share every batch; host = this machine's processors
     return config
 
 
@@ -49,7 +50,7 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
     _clip.check("reward.scale", config.scale, SCALES)
     model, tokenizer, processor = _clip.load_clip(config, WEIGHTS[config.weights])
     scale = SCALES[config.scale]
-    cosines = _clip.cosine(model, tokenizer, config.batch_size, processor, processor.crop)
+    cosines = _clip.cosine(model, tokenizer, config, processor, processor.crop)
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
         del metadata

@@ -41,6 +41,7 @@ def default_config() -> ConfigDict:
     config.antialias = True  # resize as torchvision >= 0.17 does by default; False as before
     config.dtype = "float32"  # of the network's products: float32, or bfloat16: faster, but good to 2 digits only
     config.batch_size = 16  # images, and prompts, per call of the network
+    config.device = "mesh"  # mesh = the devices of the policy share every batch; host = this machine's processors
     return config
 
 
@@ -61,7 +62,7 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
             )
     model, tokenizer, _ = _clip.load_clip(config, published, exact=config.weights == "full")
     size = model.config.vision.image_size
-    cosine = _clip.cosine(model, tokenizer, config.batch_size, lambda images: pixels(images, size, config.antialias))
+    cosine = _clip.cosine(model, tokenizer, config, lambda images: pixels(images, size, config.antialias))
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
         del metadata

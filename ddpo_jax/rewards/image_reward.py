@@ -20,19 +20,21 @@ from ml_collections import ConfigDict
 
 from ddpo_jax.models.blip.networks import ImageReward
 from ddpo_jax.rewards._shared import blip as _blip
-from ddpo_jax.rewards._shared.clip import in_batches
+from ddpo_jax.rewards._shared.batches import in_batches
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the network's output on its authors' data
 FILES = ("ImageReward.pt", "ImageReward.safetensors")
-ORIGIN = "ImageReward.pt of THUDM/ImageReward"
+PUBLISHED = "image_reward"  # in the catalogue of weights
 
 
 def default_config() -> ConfigDict:
     """Options."""
     config = ConfigDict()
-    config.blip = ""  # folder with ImageReward.pt (THUDM/ImageReward) and vocab.txt (bert-base-uncased)
+    config.blip = ""  # folder with ImageReward.pt and vocab.txt, or such a file there; empty = the published files
+    config.weights_dir = ""  # folder with the published files; empty = $DDPO_WEIGHTS, the caches, then the hub
     config.dtype = "float32"  # of the network's products: float32, as published, or bfloat16: faster, less exact
     config.batch_size = 16  # images per call of the network
+    config.device = "mesh"  # mesh = the devices of the policy share every batch; host = this machine's processors
     return config
 
 
@@ -42,12 +44,12 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
     Raises:
       InputError: the weights are missing, damaged or of another model. When called: an empty prompt.
     """
-    model, tokenizer, size = _blip.load(ImageReward, config, FILES, ORIGIN)
+    model, tokenizer, size = _blip.load(ImageReward, config, FILES, PUBLISHED)
 
     def score(model: ImageReward, images: Array, ids: Array, mask: Array) -> Array:
         return model(_blip.pixels(images), ids, mask)
 
-    run = in_batches(model, score, config.batch_size, lambda images: _blip.shortest_side(images, size))
+    run = in_batches(model, score, config, lambda images: _blip.shortest_side(images, size))
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
         del metadata

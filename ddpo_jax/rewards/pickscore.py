@@ -34,6 +34,7 @@ def default_config() -> ConfigDict:
     config.scale = 1.0  # factor of the score; 0.01 = as PRDP
     config.dtype = "float32"  # of the network's products: float32, or bfloat16: faster, but good to 2 digits only
     config.batch_size = 16  # images, and prompts, per call of the network
+    config.device = "mesh"  # mesh = the devices of the policy share every batch; host = this machine's processors
     return config
 
 
@@ -48,7 +49,7 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
         raise InputError(f"reward.scale={config.scale}: must be a positive number; 1 or 0.01 are in use")
     model, tokenizer, processor = _clip.load_clip(config, PUBLISHED, exact=config.weights == "full")
     factor = config.scale * float(np.exp(np.asarray(model.logit_scale[...])))
-    cosines = _clip.cosine(model, tokenizer, config.batch_size, processor, processor.crop)
+    cosines = _clip.cosine(model, tokenizer, config, processor, processor.crop)
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
         del metadata

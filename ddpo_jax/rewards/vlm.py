@@ -20,8 +20,8 @@ from ddpo_jax.errors import InputError
 from ddpo_jax.find import find
 from ddpo_jax.models import deberta
 from ddpo_jax.ops import bertscore
-from ddpo_jax.rewards._shared import clip as _clip
 from ddpo_jax.rewards._shared import plug as _plug
+from ddpo_jax.rewards._shared.batches import in_batches
 from ddpo_jax.rewards._shared.check import RewardError
 
 REFERENCE = "The image contains {prompt}"
@@ -40,6 +40,7 @@ def default_config() -> ConfigDict:
     config.encoder = ""  # folder of microsoft/deberta-xlarge-mnli, or package.module:function (texts -> tokens)
     config.layer = 40  # encoder layer whose output is compared, of a folder
     config.batch_size = 8  # texts per call of the encoder, of a folder
+    config.device = "mesh"  # mesh = the devices of the policy share every batch; host = this machine's processors
     return config
 
 
@@ -111,7 +112,7 @@ def _checked(found: Sequence[Any], texts: list[str]) -> list[Tokens]:
 def _encoder(config: ConfigDict) -> Encode:
     folder = pathlib.Path(config.encoder).expanduser()
     if config.encoder and folder.is_dir():
-        return _folder_encoder(folder, config.layer, config.batch_size)
+        return _folder_encoder(folder, config)
     if ":" not in config.encoder:
         raise InputError(
             f"reward.encoder: received {config.encoder!r}; it must be the folder of microsoft/deberta-xlarge-mnli or a "
@@ -123,9 +124,9 @@ def _encoder(config: ConfigDict) -> Encode:
         raise InputError(f"reward.encoder: received {config.encoder!r}; {error}") from error
 
 
-def _folder_encoder(folder: pathlib.Path, layer: int, batch_size: int) -> Encode:
-    model, tokenizer = deberta.load(folder, layer)
-    embed = _clip.in_batches(model, lambda m, ids: m(ids), batch_size)
+def _folder_encoder(folder: pathlib.Path, config: ConfigDict) -> Encode:
+    model, tokenizer = deberta.load(folder, config.layer)
+    embed = in_batches(model, lambda m, ids: m(ids), config)
 
     def encode(texts: list[str]) -> list[Tokens]:
         ids = tokenizer(texts, BUCKET)

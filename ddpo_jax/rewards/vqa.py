@@ -28,11 +28,11 @@ from ddpo_jax.errors import InputError
 from ddpo_jax.models.blip.networks import VisualQuestionAnswering
 from ddpo_jax.models.preprocess import resize_pil
 from ddpo_jax.rewards._shared import blip as _blip
+from ddpo_jax.rewards._shared.batches import in_batches
 from ddpo_jax.rewards._shared.chunks import noun_chunks
-from ddpo_jax.rewards._shared.clip import in_batches
 
 FILES = ("model.safetensors", "pytorch_model.bin", "model_base_vqa_capfilt_large.pth")
-ORIGIN = "model.safetensors of Salesforce/blip-vqa-capfilt-large"
+PUBLISHED = "blip_vqa"  # in the catalogue of weights
 NOT_ASKED = frozenset({"top", "the side", "the left", "the right"})
 MAX_CHUNKS = 8
 
@@ -40,10 +40,12 @@ MAX_CHUNKS = 8
 def default_config() -> ConfigDict:
     """Options."""
     config = ConfigDict()
-    config.blip = ""  # folder of Salesforce/blip-vqa-capfilt-large: model.safetensors and vocab.txt
+    config.blip = ""  # folder with model.safetensors and vocab.txt, or such a file there; empty = the published files
+    config.weights_dir = ""  # folder with the published files; empty = $DDPO_WEIGHTS, the caches, then the hub
     config.chunker = "rules"  # finds the noun chunks: rules = ours; or an installed spaCy model, such as en_core_web_sm
     config.dtype = "float32"  # of the network's products: float32, as published, or bfloat16: faster, less exact
     config.batch_size = 16  # images per call of the network; each with all its questions
+    config.device = "mesh"  # mesh = the devices of the policy share every batch; host = this machine's processors
     return config
 
 
@@ -55,14 +57,14 @@ def make(config: ConfigDict) -> Callable[..., tuple[np.ndarray, dict[str, np.nda
         empty prompt, or one without a noun chunk; metadata whose chunks are not texts.
     """
     chunker = _chunker(config.chunker)
-    model, tokenizer, size = _blip.load(VisualQuestionAnswering, config, FILES, ORIGIN)
+    model, tokenizer, size = _blip.load(VisualQuestionAnswering, config, FILES, PUBLISHED)
     yes, no = tokenizer.id("yes"), tokenizer.id("no")
 
     def probability(model: VisualQuestionAnswering, images: Array, ids: Array, mask: Array) -> Array:
         logits = model(_blip.pixels(images), ids, mask, tokenizer.decode_id).astype(jnp.float32)
         return jax.nn.sigmoid(logits[..., yes] - logits[..., no])  # P(yes) / (P(yes) + P(no)), whatever the rest
 
-    run = in_batches(model, probability, config.batch_size, lambda images: resize_pil(images, size, size))
+    run = in_batches(model, probability, config, lambda images: resize_pil(images, size, size))
 
     def reward(images: np.ndarray, prompts: list[str], metadata: list[dict[str, Any]]):
         _blip.check_captions(prompts)

@@ -1,12 +1,18 @@
 """Sum of other rewards, each times its weight: ``reward.rewards="aesthetic=0.05,clip_score=10"``.
 
-Every member's score is logged under its name before the weight, and its parts as ``<member>/<part>``.
+Every member's score is logged under its name before the weight, and its parts as ``<member>/<part>``. With
+``normalise`` "advantages" training adds up what is left of each score after its mean over a prompt's samples, in its
+standard deviations over them (Liu et al. 2026, arXiv:2601.05242); what is logged is the plain sum all the same.
+
+If a member compares the images of a prompt with each other, the sum is asked for one prompt at a time; the
+``batch_size`` of members with networks is then best ``prompts.samples_per_prompt``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,18 +24,28 @@ from ddpo_jax.rewards._shared import check as _check
 from ddpo_jax.rewards._shared import plug as _plug
 
 AUTO = {"weights": ("mini", "full")}
+NORMALISE = ("none", "advantages")
 
 
 def default_config() -> ConfigDict:
     """Options."""
     config = ConfigDict()
     config.rewards = "aesthetic=1,jpeg_compressibility=0.1"  # name=weight, with commas; a weight may be negative
+    config.normalise = "none"  # none = the plain sum; advantages = of each reward's, standardised within its prompt
     config.options = ""  # options of the members as member.option=value, with commas: clip_score.scale=100
     config.weights = "auto"  # for members that have both: mini = the embedded miniature, full; auto = by the model
     return config
 
 
-def make(config: ConfigDict) -> _plug.Closable:
+@dataclasses.dataclass(frozen=True)
+class Sum(_plug.Closable):
+    """The reward; ``ddpo_jax.rewards`` says what the attributes mean."""
+
+    groupwise: bool = False
+    decoupled: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def make(config: ConfigDict) -> Sum:
     """The reward; its parts are the scores and the parts of the members.
 
     Raises:
@@ -39,6 +55,8 @@ def make(config: ConfigDict) -> _plug.Closable:
         raise InputError(
             f"reward.weights={config.weights!r}: must be {' or '.join(AUTO['weights'])}; auto follows the model"
         )
+    if config.normalise not in NORMALISE:
+        raise InputError(f"reward.normalise: received {config.normalise!r}; it must be {' or '.join(NORMALISE)}")
     weights = _weights(config.rewards)
     options: dict[str, dict[str, str]] = {name: {} for name in weights}
     for key, value in _pairs(config.options, "reward.options", "clip_score.scale=100"):
@@ -70,8 +88,11 @@ def make(config: ConfigDict) -> _plug.Closable:
             if callable(end := getattr(fn, "close", None)):
                 end()
 
-    patient = any(getattr(fn, "waits_for_others", False) for fn in members.values())
-    return _plug.Closable(reward, close, patient)
+    def has(attribute: str) -> bool:
+        return any(getattr(fn, attribute, False) for fn in members.values())
+
+    decoupled = weights if config.normalise == "advantages" else {}
+    return Sum(reward, close, has("waits_for_others"), has("groupwise"), decoupled)
 
 
 def _pairs(text: str, key: str, example: str) -> list[tuple[str, str]]:

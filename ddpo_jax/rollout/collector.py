@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,10 +14,12 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from ddpo_jax.ops import random
 from ddpo_jax.ops.random import Stream
+from ddpo_jax.rewards._shared.groups import joined
 from ddpo_jax.rollout.sampler import ImageSampler
 from ddpo_jax.rollout.scoring import PendingReward, RewardRunner
 from ddpo_jax.types import Params, Trajectory
 
+Drawn = tuple[Trajectory, Array, Array]  # of a batch: trajectories, timestep weights, images; on a device or the host
 PromptFn = Callable[[np.random.Generator, int], tuple[list[str], list[dict[str, Any]]]]
 
 
@@ -64,6 +66,25 @@ class Rollout:
     reward_s: float  # wall time waited for rewards after that
 
 
+def landed(batches: Iterator[Drawn]) -> Iterator[Drawn]:
+    """Batches on the host, each fetched while the device computes the next: no more than two are on the device.
+
+    A batch is waited for only when the one after it was started, so the device is never without work.
+
+    Args:
+      batches: starts a batch whenever it is asked for one.
+    """
+    flying: Drawn | None = None
+    for started in batches:
+        for array in jax.tree.leaves(started):
+            array.copy_to_host_async()
+        if flying is not None:
+            yield jax.device_get(flying)
+        flying = started
+    if flying is not None:
+        yield jax.device_get(flying)
+
+
 class Collector:
     """Samples epochs. The device draws the next batch while host threads score the last one."""
 
@@ -93,23 +114,27 @@ class Collector:
         distinct, described = self._prompt_fn(random.generator(plan.seed, epoch, Stream.PROMPTS), n // k)
         prompts = [prompt for prompt in distinct for _ in range(k)]
         metadata = [entry for entry in described for _ in range(k)]
-        drawn: list[tuple[Trajectory, Array]] = []
-        images: list[Array] = []
-        pending: list[PendingReward] = []
-        for first in range(0, n, plan.batch_size):
-            rows = slice(first, first + plan.batch_size)
-            ids = np.arange(rows.start, rows.stop, dtype=np.int32)
+        starts = range(0, n, plan.batch_size)
+
+        def draw(first: int) -> Drawn:
+            """Starts a batch; nothing of it is there yet."""
+            ids = np.arange(first, first + plan.batch_size, dtype=np.int32)
             roots = ids // k * k if branch_step or plan.shared_noise else ids
-            drawn.append(self._sampler.trajectories(params, prompts[rows], ids, key, roots, branch_step))
-            images.append(self._sampler.decode(drawn[-1][0].latents[:, -1]))
-            pending.append(self._reward.submit(images[-1], prompts[rows], metadata[rows]))
-        shown = np.concatenate([np.asarray(batch) for batch in images])
+            names = prompts[first : first + plan.batch_size]
+            trajectory, weights = self._sampler.trajectories(params, names, ids, key, roots, branch_step)
+            return trajectory, weights, self._sampler.decode(trajectory.latents[:, -1])
+
+        drawn: list[Drawn] = []
+        pending: list[PendingReward] = []
+        for first, batch in zip(starts, landed(map(draw, starts)), strict=True):
+            rows = slice(first, first + plan.batch_size)
+            pending.append(self._reward.submit(batch[-1], prompts[rows], metadata[rows]))
+            drawn.append(batch)
         sampled = time.perf_counter()
         scores = [batch.result() for batch in pending]
         scored = time.perf_counter()
-        trajectories, weights = jax.tree.map(lambda *batches: np.concatenate(batches), *jax.device_get(drawn))
-        part_names = dict.fromkeys(name for _, parts in scores for name in parts)
-        nothing = np.full(plan.batch_size, np.nan, np.float32)
+        trajectories, weights, images = jax.tree.map(lambda *batches: np.concatenate(batches), *drawn)
+        rewards, parts = joined(scores)
         return Rollout(
             latents=trajectories.latents,
             log_prob=trajectories.log_prob,
@@ -119,9 +144,9 @@ class Collector:
             context=self._sampler.codec.embed(prompts),
             prompt_ids=np.asarray([prompt_id(prompt) for prompt in prompts], np.int64),
             group_ids=(np.int64(epoch) << 32) + np.arange(n) // k,
-            images=shown,
-            rewards=np.concatenate([score for score, _ in scores]).astype(np.float32),
-            parts={name: np.concatenate([parts.get(name, nothing) for _, parts in scores]) for name in part_names},
+            images=images,
+            rewards=rewards,
+            parts=parts,
             rollout_s=sampled - start,
             reward_s=scored - sampled,
         )

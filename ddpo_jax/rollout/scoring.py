@@ -17,11 +17,13 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Float32
 from ml_collections import ConfigDict
 
 from ddpo_jax import errors
 from ddpo_jax.errors import InputError
+from ddpo_jax.rewards._shared import batches
 from ddpo_jax.rewards._shared.check import Parts, RewardError, RewardFn, call
 
 __all__ = ["PendingReward", "RewardError", "RewardRunner", "make_reward"]
@@ -29,10 +31,11 @@ __all__ = ["PendingReward", "RewardError", "RewardRunner", "make_reward"]
 THREAD = "reward"  # name of the thread that calls a reward; ``commands._cli.leave`` looks for it
 
 
-def make_reward(config: ConfigDict, member: Any) -> RewardFn:
+def make_reward(config: ConfigDict, member: Any, mesh: Mesh | None = None) -> RewardFn:
     """The reward that ``config`` (the ``reward`` section: ``name`` and the options of that reward) describes.
 
-    ``member`` is what ``find`` gives for that name.
+    ``member`` is what ``find`` gives for that name. ``mesh`` is that of the policy, which its networks share; without
+    one they are on the first device (``reward.device=mesh``).
 
     ``package.module:function`` is the user's own, called as ``function(images, prompts, metadata)``; it returns
     N numbers, or (N numbers, {name: N numbers}). ``package.module`` is a module with ``make``, as those here.
@@ -47,7 +50,8 @@ def make_reward(config: ConfigDict, member: Any) -> RewardFn:
             f"reward.name={config.name!r}: the module has no function make(config); "
             f"add one, or name a function of it as {config.name}:function"
         )
-    return errors.plug_in(f"reward.name={config.name}: make()", member.make, config)
+    with batches.on_mesh(mesh):
+        return errors.plug_in(f"reward.name={config.name}: make()", member.make, config)
 
 
 class PendingReward:
@@ -132,6 +136,11 @@ class RewardRunner:
             self._thread = threading.Thread(target=self._work, name=THREAD, daemon=True)
             self._thread.start()
         return pending
+
+    @property
+    def decoupled(self) -> Mapping[str, float]:
+        """Weights of the parts that are standardised one by one (``reward.normalise``); empty where none is."""
+        return getattr(self._fn, "decoupled", {})
 
     def waits_for(self) -> str:
         """What the reward is computing, in words; empty if nothing."""

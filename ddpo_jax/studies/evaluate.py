@@ -28,6 +28,7 @@ from ddpo_jax.config.override import override
 from ddpo_jax.errors import InputError
 from ddpo_jax.prompts import make_prompts
 from ddpo_jax.rewards._shared.check import call
+from ddpo_jax.rewards._shared.groups import in_groups
 from ddpo_jax.rollout import scoring as reward_runner
 from ddpo_jax.studies import curves
 from ddpo_jax.studies.rewards import choose_rewards
@@ -188,13 +189,17 @@ def evaluate(args: argparse.Namespace) -> str:
     mesh = sharding.make_mesh(-1, math.gcd(config.mesh.fsdp, jax.device_count()))
     wanted = args.batch_size or config.sample.batch_size
     size = math.ceil(wanted / mesh.size) * mesh.size
+    k = args.samples_per_prompt
+    rewards = {name: in_groups(fn, k, name) for name, fn in rewards.items()}
+    whole = any(getattr(fn, "groupwise", False) for fn in rewards.values())
+    chunk = max(size // k, 1) * k if whole else size
     out = files.folder_to_write(args.out or pathlib.Path(args.workdir) / "evaluation", "--out")
     settings = {
         "workdir": str(args.workdir),
         "epoch": args.epoch,
         "ema": args.ema,
         "prompts": [prompt for prompt, _ in prompts],
-        "samples_per_prompt": args.samples_per_prompt,
+        "samples_per_prompt": k,
         "rewards": [*rewards],
         "seed": args.seed,
         "batch_size": size,
@@ -208,7 +213,7 @@ def evaluate(args: argparse.Namespace) -> str:
         placed = sharding.put_params(params, mesh)
         tables[label], images = score_chunks(
             functools.partial(sampler.images, placed, key=key, batch_size=size),
-            *(rewards, prompts, args.samples_per_prompt, size, out / "chunks", label),
+            *(rewards, prompts, k, chunk, out / "chunks", label),
         )
         pictures.append(images)
     result: dict[str, Any] = {}
@@ -222,7 +227,6 @@ def evaluate(args: argparse.Namespace) -> str:
     picture = grid.captioned(np.concatenate(pictures), captions, f"{args.workdir}, epoch {args.epoch}")
     with files.replacing(out / "images.png") as temporary:
         picture.save(temporary, format="PNG")
-    k = args.samples_per_prompt
     return f"{len(prompts)} prompts x {k} images\n{table(result)}\nin {out}: evaluation.json, images.png"
 
 

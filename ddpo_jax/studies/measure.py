@@ -24,6 +24,7 @@ from ddpo_jax import errors, sharding
 from ddpo_jax.config.ready import Ready
 from ddpo_jax.ops.random import Stream, generator
 from ddpo_jax.prompts import make_prompts
+from ddpo_jax.rewards._shared.groups import in_groups
 from ddpo_jax.rollout.scoring import PendingReward, RewardError, RewardRunner, make_reward
 from ddpo_jax.training.build import load_model, make_sampler
 from ddpo_jax.workdir import files, show
@@ -93,7 +94,7 @@ def measure(ready: Ready, plan: Plan) -> Table:
       RunFailure: the reward failed.
     """
     config, members = ready.config, ready.members
-    reward = make_reward(config.reward, members.reward)
+    reward = in_groups(make_reward(config.reward, members.reward), 1, config.reward.name)
     prompt_fn = make_prompts(config.prompts, members.prompts)
     model = load_model(config)
     sampler = make_sampler(model, config, sharding.make_mesh(config.mesh.data, config.mesh.fsdp))

@@ -22,10 +22,13 @@ from ddpo_jax.config.ready import Ready
 from ddpo_jax.config.resolve import other_reward
 from ddpo_jax.diffusion import transition
 from ddpo_jax.diffusion.policy import NetworkFn, Policy
+from ddpo_jax.errors import InputError
 from ddpo_jax.models import lora, pipeline
 from ddpo_jax.models.functional import functional
 from ddpo_jax.prompts import make_prompts
 from ddpo_jax.replay.buffer import Buffer
+from ddpo_jax.rewards._shared.check import RewardFn
+from ddpo_jax.rewards._shared.groups import in_groups
 from ddpo_jax.rollout.collector import Collector, Plan
 from ddpo_jax.rollout.sampler import ImageSampler, Weighting
 from ddpo_jax.rollout.scoring import RewardRunner, make_reward
@@ -130,9 +133,12 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     """
     config, members = ready.config, ready.members
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp) if mesh is None else mesh
-    reward = make_reward(config.reward, members.reward)
-    prompt_fn = make_prompts(config.prompts, members.prompts)
     algorithm, weighting, traits = members.algorithm, members.weighting, members.traits(config)
+    there = None if model is not None and _is_shape(model.params, model.frozen) else mesh
+    reward = make_reward(config.reward, members.reward, there)
+    grouped = in_groups(reward, config.prompts.samples_per_prompt, config.reward.name)
+    check_reward(reward, config, traits)
+    prompt_fn = make_prompts(config.prompts, members.prompts)
 
     model = load_model(config) if model is None else model
     sampler = make_sampler(model, config, mesh, functools.partial(weighting.weights, config=config.weighting))
@@ -160,7 +166,7 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
             mesh,
             config.seed,
         )
-    runner = RewardRunner(reward, name=config.reward.name, wait_s=config.reward.wait_s)
+    runner = RewardRunner(grouped, name=config.reward.name, wait_s=config.reward.wait_s)
     plan = Plan(
         seed=config.seed,
         batch_size=config.sample.batch_size,
@@ -174,7 +180,7 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh)
     evaluation = None
     if config.log.evaluate_every:
-        others = {name: make_reward(*other_reward(config, name)) for name in config.log.evaluate_also}
+        others = {name: make_reward(*other_reward(config, name), there) for name in config.log.evaluate_also}
         rewards = {"reward": reward} | others
         sizes = config.log.evaluate_images, config.sample.batch_size, config.log.evaluate_every
         evaluation = Evaluation(sampler, prompt_fn, rewards, *sizes)
@@ -182,6 +188,28 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
         *(algorithm, traits, model, learner, sampler, collector, replay, runner, mesh, sampler.uncond, value),
         evaluation,
     )
+
+
+def check_reward(reward: RewardFn, config: ConfigDict, traits: Traits) -> None:
+    """Refuses a reward that cannot be trained on so.
+
+    Raises:
+      InputError: its parts are to be standardised within prompts, of which there is one image each, or which the
+        algorithm does not compare.
+    """
+    name, images = config.algorithm.name, config.prompts.samples_per_prompt
+    if not getattr(reward, "decoupled", {}):
+        return
+    if images < 2:
+        raise InputError(
+            f"prompts.samples_per_prompt: received {images}; reward.normalise=advantages standardises each reward over "
+            "the images of a prompt, which takes at least 2; use 4"
+        )
+    if not traits.per_prompt:
+        raise InputError(
+            f"reward.normalise: received 'advantages'; algorithm {name!r} does not compare the images of a prompt, and "
+            "without their mean it would lack what it learns from; use reward.normalise=none or algorithm.name=ddpo"
+        )
 
 
 def make_sampler(model: Model, config: ConfigDict, mesh: Mesh, weighting: Weighting | None = None) -> ImageSampler:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from ddpo_jax import sharding
 from ddpo_jax.errors import RunFailure
 from ddpo_jax.ops import random, steps
-from ddpo_jax.ops.advantages import PromptStats
+from ddpo_jax.ops.advantages import PromptStats, decoupled, zscore
 from ddpo_jax.ops.random import Stream
 from ddpo_jax.rollout.collector import Rollout
 from ddpo_jax.training import batching
@@ -73,10 +73,19 @@ def update(
 
 
 def assign(parts: Parts, config: ConfigDict, stats: PromptStats, rollout: Rollout) -> ScoredSamples:
-    """The rollout's samples with their advantages, timestep weights and the steps that may be trained."""
-    advantages = parts.algorithm.advantages(
-        rollout.rewards.astype(np.float64), rollout.prompt_ids, stats, config.algorithm
-    )
+    """The rollout's samples with their advantages, timestep weights and the steps that may be trained.
+
+    Where the parts of the reward are standardised (``reward.normalise``), their sum takes the place of the rewards.
+    """
+    rewards = rollout.rewards.astype(np.float64)
+    if weights := parts.reward.decoupled:
+        rewards = decoupled(rollout.parts, weights, rollout.prompt_ids)
+    if weights and parts.traits.standardized:
+        # The last step of GDPO. The algorithm's own deviation, that of a prompt's sums, would make a prompt on which
+        # the rewards cancel out as important as one on which they agree.
+        advantages = zscore(rewards)
+    else:
+        advantages = parts.algorithm.advantages(rewards, rollout.prompt_ids, stats, config.algorithm)
     if parts.traits.standardized:
         advantages = np.clip(advantages, -config.train.adv_clip_max, config.train.adv_clip_max)
     trained = parts.trained_steps & (np.arange(config.sample.num_steps) >= rollout.branch_step)
@@ -88,7 +97,7 @@ def assign(parts: Parts, config: ConfigDict, stats: PromptStats, rollout: Rollou
         context=rollout.context,
         prompt_ids=rollout.prompt_ids,
         group_ids=rollout.group_ids,
-        rewards=rollout.rewards,
+        rewards=rewards.astype(np.float32),
         advantages=advantages,
     )
 

@@ -21,6 +21,7 @@ from ddpo_jax.errors import RunFailure
 from ddpo_jax.ops import random
 from ddpo_jax.ops.random import Stream
 from ddpo_jax.rewards._shared.check import RewardError, RewardFn, call
+from ddpo_jax.rewards._shared.groups import in_groups
 from ddpo_jax.rollout.sampler import ImageSampler
 from ddpo_jax.types import Params
 
@@ -74,7 +75,8 @@ class Evaluation:
         every: epochs between evaluations.
         """
         self._every, self._untrained, self._warned = every, Scores(), False
-        self._sampler, self._rewards, self._batch_size = sampler, rewards, batch_size
+        self._sampler, self._batch_size = sampler, batch_size
+        self._rewards = {name: in_groups(fn, PER_PROMPT, name) for name, fn in rewards.items()}
         self._count = math.ceil(num_images / PER_PROMPT)
         prompts, metadata = prompt_fn(random.generator(SEED, 0, Stream.EVALUATION), self._count)
         self._prompts = [prompt for prompt in prompts for _ in range(PER_PROMPT)]

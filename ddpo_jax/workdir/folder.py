@@ -24,9 +24,10 @@ from ddpo_jax.workdir import files, metrics
 # What a resumed run may change, besides log.* and mesh.*.
 FREE = (
     *("checkpoint.every", "checkpoint.keep", "train.microbatch_size", "reward.wait_s"),
-    # Where a reward is asked and how long it is waited for; what it says is taken to be the same there.
+    # Where a reward is asked or computed and how long it is waited for; what it says is taken to be the same there.
     *("reward.url", "reward.token", "reward.timeout_s", "reward.patience_s"),
     *("reward.host", "reward.port", "reward.lease_s"),
+    *("reward.device", "reward.batch_size", "reward.weights_dir"),
 )
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

@@ -261,3 +261,13 @@ def _reads(module, config, terms: StepTerms, batch, toy) -> bool:
         return False
     except (TypeError, AttributeError, ValueError):
         return True
+
+
+def test_per_prompt_says_whether_what_a_prompts_samples_have_in_common_matters(name, toy):
+    module = find("algorithms", name)
+    rng = np.random.default_rng(0)
+    ids = np.repeat([3, 1, 7], 32)  # as many as DDPO's buffer holds of a prompt
+    rewards, offset = 90 + rng.normal(size=96), np.repeat([5.0, -2.0, 0.5], 32)
+    for config in toy.variants(module):
+        one, other = (module.advantages(values, ids, PromptStats(), config) for values in (rewards, rewards + offset))
+        assert np.allclose(one, other, atol=1e-9) == module.traits(config).per_prompt, config

@@ -27,6 +27,21 @@ def test_group_mean_and_zscore():
     np.testing.assert_array_equal(adv.group_zscore(np.array([4.0, 4.0]), np.array([1, 1])), [0, 0])
 
 
+def test_decoupled_rewards_add_up_whatever_their_scale():
+    # prompt 7: r = 1 2 6 and -r; prompt 3: 10 20, and in thousands 5 1; z-scores of the first as above
+    std = np.sqrt(14 / 3)
+    first = np.array([-2 / std, -1 / std, 3 / std, -1, 1])
+    second = np.array([2 / std, 1 / std, -3 / std, 1, -1])
+    scores = {"a": REWARDS, "b": np.array([-1.0, -2.0, -6.0, 5000.0, 1000.0])}
+    found = adv.decoupled(scores, {"a": 3.0, "b": 0.5}, IDS)
+    np.testing.assert_allclose(found, 3 * first + 0.5 * second, rtol=2e-6)  # eps is 1e-6 of a deviation of 1
+    scaled = {"a": 1e3 * REWARDS + np.where(IDS == 7, 9e3, -4e5), "b": scores["b"]}
+    np.testing.assert_allclose(adv.decoupled(scaled, {"a": 3.0, "b": 0.5}, IDS), found, rtol=2e-6)
+    # a reward that is the same for all images of a prompt has no say there
+    same = {"a": np.array([1.0, 2.0, 6.0, 7.0, 7.0]), "b": np.full(5, 8.0)}
+    np.testing.assert_allclose(adv.decoupled(same, {"a": 1.0, "b": 5.0}, IDS), [*first[:3], 0, 0], rtol=2e-6)
+
+
 def test_deviation():
     np.testing.assert_allclose(adv.deviation(REWARDS), np.sqrt(47.36))  # mean 7.8: (1 + 4 + 36 + 100 + 400) / 5 - 60.84
     np.testing.assert_allclose(adv.deviation(REWARDS, IDS), np.sqrt(12.8))  # (4 + 1 + 9 + 25 + 25) / 5

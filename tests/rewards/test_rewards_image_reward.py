@@ -85,7 +85,6 @@ def test_missing_damaged_and_wrong_weights_are_one_line(image_reward_options, vq
         assert "\n" not in str(caught.value)
 
     get = "put ImageReward.pt of THUDM/ImageReward and vocab.txt of google-bert/bert-base-uncased there"
-    refused(f"reward.blip: received ''; it must be a folder with ImageReward.pt; {get}")
     refused(f"reward.blip: received '/no'; it must be a folder with ImageReward.pt; {get}", blip="/no")
     refused(f"received '{tmp_path}'; it must be a folder", blip=str(tmp_path))
     refused("reward.dtype: received 'float16'; it must be float32 or bfloat16", blip=folder, dtype="float16")

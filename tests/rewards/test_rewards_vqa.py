@@ -131,8 +131,8 @@ def test_prompts_without_a_question_are_refused(reward, images, prompt, metadata
 
 def test_wrong_weights_are_one_line(vqa_options, image_reward_options, tmp_path):
     get = "put model.safetensors of Salesforce/blip-vqa-capfilt-large and vocab.txt of google-bert/bert-base-uncased"
-    with pytest.raises(errors.InputError, match=f"reward.blip: received ''; .* model.safetensors; {get}"):
-        make()
+    with pytest.raises(errors.InputError, match=f"reward.blip: received '/no'; .* model.safetensors; {get}"):
+        make(blip="/no")
     with pytest.raises(errors.InputError, match="missing: text_decoder.*unexpected: mlp.layers"):
         make(blip=image_reward_options["blip"] + "/ImageReward.pt")
     (tmp_path / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00not json")

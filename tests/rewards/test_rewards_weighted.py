@@ -58,9 +58,9 @@ def own_module(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
 
 
-def make(rewards, options="", weights="mini"):
+def make(rewards, options="", weights="mini", normalise="none"):
     config = weighted.default_config()
-    config.update({"rewards": rewards, "options": options, "weights": weights})
+    config.update({"rewards": rewards, "options": options, "weights": weights, "normalise": normalise})
     return weighted.make(config)
 
 
@@ -74,6 +74,18 @@ def test_sum_and_parts(images):
     np.testing.assert_array_equal(parts["own_weighted.rewards/index"], [0, 1, 2])
     np.testing.assert_array_equal(parts["jpeg_compressibility/jpeg_kb"], kilobytes)
     assert all(part.dtype == np.float32 for part in parts.values())
+
+
+def test_what_is_to_be_standardised_is_said_and_the_score_stays_the_sum(images):
+    rewards = "jpeg_compressibility=-2,own_weighted.rewards:length=0.5"
+    plain, asked = make(rewards), make(rewards, normalise="advantages")
+    assert plain.decoupled == {}
+    assert asked.decoupled == {"jpeg_compressibility": -2, "own_weighted.rewards:length": 0.5}
+    scores, parts = asked(images[:3], PROMPTS, METADATA)
+    np.testing.assert_array_equal(scores, plain(images[:3], PROMPTS, METADATA)[0])
+    assert asked.decoupled.keys() <= parts.keys()
+    with pytest.raises(ValueError, match=r"reward.normalise: received 'scores'; it must be none or advantages"):
+        make(rewards, normalise="scores")
 
 
 def test_options_reach_their_member_and_auto_follows_the_model(images):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import threading
 import types
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -180,6 +181,52 @@ def test_rewards_run_on_a_host_thread_once_per_batch_in_order():
     lengths = [len(name) for name in found.prompts[:8]]
     np.testing.assert_array_equal(found.parts["length"], [*lengths, *[np.nan] * 8])
     assert found.rollout_s > 0 and found.reward_s >= 0
+
+
+def test_no_more_than_two_batches_are_on_the_device(monkeypatch):
+    """Of images and of trajectories, while the reward of every batch is still waited for."""
+    images, counts, drawn = [], [], threading.Event()
+
+    def watched(latents):
+        whole = [x for x in jax.live_arrays() if x.shape == (4, T + 1, *toy.SHAPE)]
+        trajectories = {x.addressable_shards[0].data.unsafe_buffer_pointer() for x in whole}  # an array and its shard
+        images.append(weakref.ref(made := decode(latents)))
+        counts.append((sum(image() is not None for image in images), len(trajectories)))
+        if len(images) == 6:
+            drawn.set()
+        return made
+
+    def slow(shown, names, metadata):
+        assert drawn.wait(30)
+        return shown.mean((1, 2, 3))
+
+    monkeypatch.setattr(CODEC, "decode", watched)
+    found = collect(collector(reward=slow, batch_size=4, num_batches=6))
+    assert counts == [(1, 1), *[(2, 2)] * 5]
+    assert not any(image() is not None for image in images)
+    np.testing.assert_array_equal(found.images, decode(found.latents[:, -1]))
+
+
+def test_a_batch_is_waited_for_when_the_next_one_has_been_started():
+    log = []
+
+    class Batch:
+        def __init__(self, number):
+            self.number = number
+            log.append(f"start {number}")
+
+        def copy_to_host_async(self):
+            log.append(f"copy {self.number}")
+
+        def __array__(self, *args, **kwargs):
+            log.append(f"wait {self.number}")
+            return np.asarray(self.number)
+
+    assert [int(batch) for batch in rollout.landed(map(Batch, range(3)))] == [0, 1, 2]
+    order = [entry for entry in dict.fromkeys(log)]
+    starts = ["start 0", "copy 0", "start 1", "copy 1", "wait 0", "start 2", "copy 2", "wait 1", "wait 2"]
+    assert order == starts
+    assert list(rollout.landed(iter([]))) == []
 
 
 def test_a_failed_reward_leaves_nothing_behind(drawn):

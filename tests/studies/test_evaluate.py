@@ -117,6 +117,22 @@ def test_an_interrupted_evaluation_goes_on_and_another_is_refused(command, paint
     assert "which holds an evaluation with other epoch; use another --out" in capsys.readouterr().err
 
 
+def test_a_reward_that_compares_gets_all_images_of_a_prompt(command, painted, monkeypatch, capsys):
+    def best(images, prompts, metadata):
+        CALLS.append((len(images), len(set(prompts))))
+        values = images.mean((1, 2, 3))
+        return (values == values.max()).astype(float)
+
+    best.groupwise = True
+    monkeypatch.setattr(evaluate, "make_rewards", lambda config, text: {"best": best})
+    flags = ("--batch-size=8", "--num-prompts=4")  # 8 images do not hold whole groups of 3
+    code, result = command("--samples-per-prompt=3", *flags, out="grouped")
+    assert code == 0 and CALLS == [(3, 1)] * 8
+    assert result["rewards"]["best"]["base"]["mean"] == pytest.approx(1 / 3)
+    assert command("--samples-per-prompt=1", *flags, out="alone")[0] == 2
+    assert "reward 'best' compares the images of a prompt" in capsys.readouterr().err
+
+
 def test_an_untrained_run_differs_by_nothing(command, painted, run, monkeypatch):
     config, model = run
     same = type(model)(model.pipeline, model.network, dict(model.reference), model.frozen, model.reference)

@@ -35,7 +35,7 @@ def rollout(branch_step=0):
     )
 
 
-def parts(*, standardized=True, trained=(True,) * T):
+def parts(*, standardized=True, trained=(True,) * T, decoupled=()):
     """An algorithm whose advantages are the rewards above their mean, times its option."""
     seen = []
 
@@ -48,6 +48,7 @@ def parts(*, standardized=True, trained=(True,) * T):
         traits=Traits(terms=frozenset({"log_prob"}), standardized=standardized),
         trained_steps=np.array(trained),
         replay=types.SimpleNamespace(nbytes=17),
+        reward=types.SimpleNamespace(decoupled=dict(decoupled)),
     )
 
 
@@ -58,6 +59,23 @@ def test_advantages_are_the_algorithms_and_clipped_where_they_are_standardized()
     np.testing.assert_array_equal(found.advantages, [-1.5, -1, -0.5, 2])  # 3 is clipped
     plain = epoch.assign(parts(standardized=False), CONFIG, "stats", rollout())
     np.testing.assert_array_equal(plain.advantages, [-1.5, -1, -0.5, 3])
+
+
+def test_standardised_parts_take_the_place_of_the_rewards():
+    """By hand: within prompt a the z-scores are -1, 1 and -1, 1; within b 0, 0 and -1, 1."""
+    given = rollout()
+    given.parts.update(small=np.float32([1, 3, 10, 10]), large=np.float32([0, 2000, 1000, 5000]))
+    weights = {"small": 2.0, "large": -0.5}
+    total = np.array([-1.5, 1.5, 0.5, -0.5])  # 2 z(small) - z(large) / 2
+    made = parts(standardized=False, decoupled=weights)
+    found = epoch.assign(made, CONFIG, "stats", given)
+    assert made.algorithm.seen == [(np.float64, [5, 5, 6, 6], "stats")]
+    np.testing.assert_allclose(found.rewards, total, rtol=2e-6)
+    np.testing.assert_allclose(found.advantages, 0.5 * total, rtol=2e-6)
+    # advantages in standard deviations are GDPO's: sqrt((2.25 + 2.25 + 0.25 + 0.25) / 4) of the whole batch
+    found = epoch.assign(parts(decoupled=weights), CONFIG, None, given)
+    np.testing.assert_allclose(found.advantages, total / np.sqrt(1.25), rtol=3e-6)
+    assert epoch.report(parts(), given, found, epoch.Updates([], 0, 0))["reward/mean"] == 4  # of the plain sum
 
 
 def test_what_was_sampled_stays_as_it_is():

@@ -210,3 +210,11 @@ def test_what_nohup_ignores_stays_ignored():
             assert signals.received == 0
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_resumed_run_may_compute_its_reward_elsewhere(tmp_path):
+    chosen = {"reward.name": "aesthetic"}
+    folder.refuse_other_run(config_of(**chosen), tmp_path)
+    folder.refuse_other_run(config_of(**chosen, **{"reward.device": "host", "reward.batch_size": "4"}), tmp_path)
+    with pytest.raises(InputError, match="^reward.weights: received 'laion'"):
+        folder.refuse_other_run(config_of(**chosen, **{"reward.weights": "laion"}), tmp_path)

@@ -20,18 +20,19 @@ from ddpo_jax.models.blip.wordpiece import WordPiece
 M = TypeVar("M", bound=nnx.Module)
 
 MAX_TOKENS = 35  # of a caption or a question
-VOCABULARY = "vocab.txt of google-bert/bert-base-uncased"
+VOCABULARY = "bert_vocabulary"  # in the catalogue of weights
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
-def load(cls: type[M], config: ConfigDict, names: Sequence[str], origin: str) -> tuple[M, WordPiece, int]:
-    """The network and the tokenizer that the options ``blip`` and ``dtype`` describe.
+def load(cls: type[M], config: ConfigDict, names: Sequence[str], published: str) -> tuple[M, WordPiece, int]:
+    """The network and the tokenizer that the options ``blip``, ``weights_dir`` and ``dtype`` describe.
 
     Args:
       cls: one of ``ddpo_jax.models.blip.networks``.
-      config: ``blip`` is a folder, or a file whose folder holds the vocabulary as well.
+      config: ``blip`` is a folder, or a file whose folder holds the vocabulary as well; empty, the published files are
+        looked for in ``weights_dir`` and so on, or downloaded, and verified.
       names: of the files looked for in a folder, the first one found is read.
-      origin: where the published file is, for the message.
+      published: name of the file of weights in the catalogue.
 
     Returns:
       The network, its tokenizer, and the side in pixels of the images it reads.
@@ -39,26 +40,44 @@ def load(cls: type[M], config: ConfigDict, names: Sequence[str], origin: str) ->
     Raises:
       InputError: an option is wrong; a file is missing, damaged, or of another model.
     """
-    where = f"reward.blip: received {config.blip!r}"
     if config.dtype not in DTYPES:
         raise InputError(f"reward.dtype: received {config.dtype!r}; it must be float32 or bfloat16; use float32")
-    path = Path(config.blip).expanduser()
-    found = [path] if path.is_file() else [path / name for name in names if (path / name).is_file()]
-    if not config.blip or not found:
-        raise InputError(f"{where}; it must be a folder with {names[0]}; put {origin} and {VOCABULARY} there")
-    read = weights.read_safetensors if found[0].suffix == ".safetensors" else weights.read_pickle_tensors
+    if config.blip:
+        where, file = f"reward.blip: received {config.blip!r}", _given(config.blip, names, published)
+        vocabulary = file.parent
+    else:
+        where, file = f"weights {published}", weights.find_weights(published, config.weights_dir)
+        vocabulary = weights.find_weights(VOCABULARY, config.weights_dir).parent
     try:
-        tensors = read(found[0])
-        tokenizer = WordPiece.from_folder(found[0].parent, max_length=MAX_TOKENS)
+        tensors = weights.read_file(file)
+        tokenizer = WordPiece.from_folder(vocabulary, max_length=MAX_TOKENS)
     except ValueError as error:
         raise InputError(f"{where}; {error}") from error
-    model, sizes = checkpoint.load(cls, tensors, dtype=DTYPES[config.dtype], where=f"{where}; {found[0].name}")
+    model, sizes = checkpoint.load(cls, tensors, dtype=DTYPES[config.dtype], where=f"{where}; {file.name}")
     if tokenizer.vocab_size != sizes.text.vocab_size:
         raise InputError(
             f"{where}; its vocabulary has {tokenizer.vocab_size} tokens with [DEC] and [ENC], its network "
-            f"{sizes.text.vocab_size}; put {VOCABULARY} there"
+            f"{sizes.text.vocab_size}; put {_called(VOCABULARY)} there"
         )
     return model, tokenizer, sizes.vision.image_size
+
+
+def _given(text: str, names: Sequence[str], published: str) -> Path:
+    """The file of weights that ``reward.blip`` names, or the one in the folder that it names."""
+    path = Path(text).expanduser()
+    for file in [path, *(path / name for name in names)]:
+        if file.is_file():
+            return file
+    raise InputError(
+        f"reward.blip: received {text!r}; it must be a folder with {names[0]}; put {_called(published)} and "
+        f"{_called(VOCABULARY)} there"
+    )
+
+
+def _called(entry: str) -> str:
+    """A file of the catalogue in words."""
+    found = weights.entry(entry)
+    return f"{found.file} of {found.repo}"
 
 
 def shortest_side(images: UInt8[np.ndarray, "N H W 3"], size: int) -> UInt8[np.ndarray, "N size size 3"]:

@@ -1,4 +1,4 @@
-"""What the CLIP rewards share: finding and reading a CLIP, its image processor, and batches of one size."""
+"""What the CLIP rewards share: finding and reading a CLIP, its image processor, and the cosine."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Float32, UInt8
 from ml_collections import ConfigDict
 
@@ -21,6 +19,7 @@ from ddpo_jax.errors import InputError, one_line
 from ddpo_jax.models import clip, keys, preprocess, schema, weights
 from ddpo_jax.models.clip import names
 from ddpo_jax.models.tokenizer import Tokenizer
+from ddpo_jax.rewards._shared.batches import in_batches
 
 ASSETS = Path(ddpo_jax.__file__).parent / "mini" / "assets"
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -296,7 +295,7 @@ def unit(features: Float[Array, "N P"]) -> Float32[Array, "N P"]:
 def cosine(
     model: clip.CLIP,
     tokenizer: Tokenizer,
-    batch_size: int,
+    config: ConfigDict,
     pixels: Callable[[Array], Array],
     prepare: Callable[[np.ndarray], np.ndarray] = lambda images: images,
 ) -> Callable[[np.ndarray, list[str]], np.ndarray]:
@@ -305,62 +304,16 @@ def cosine(
     Args:
       model: both towers.
       tokenizer: prompts that are longer than its rows are cut.
-      batch_size: images, and prompts, per call of the network.
+      config: ``batch_size`` images, and prompts, per call of the network, on ``device``.
       pixels: images to the vision tower's input, on the device.
       prepare: what happens to the images before that, on the host.
     """
-    embed_images = in_batches(model, lambda m, x: unit(m.image_features(pixels(x))), batch_size, prepare)
-    embed_texts = in_batches(model, lambda m, ids: unit(m.text_features(ids)), batch_size)
+    embed_images = in_batches(model, lambda m, x: unit(m.image_features(pixels(x))), config, prepare)
+    embed_texts = in_batches(model, lambda m, ids: unit(m.text_features(ids)), config)
 
     def run(images: np.ndarray, prompts: list[str]) -> np.ndarray:
         distinct = sorted(set(prompts))  # samples of a prompt share its embedding
         rows = np.searchsorted(distinct, prompts)
         return np.sum(embed_images(images) * embed_texts(tokenizer(distinct))[rows], axis=-1)
-
-    return run
-
-
-def in_batches(
-    model: nnx.Module,
-    fn: Callable[..., Array],
-    batch_size: int,
-    prepare: Callable[[np.ndarray], np.ndarray] = lambda rows: rows,
-) -> Callable[..., np.ndarray]:
-    """``fn`` on the host, jitted: rows in batches of ``batch_size``, the last one filled up with copies of a row.
-
-    The host prepares a batch while the device computes the one before; no more than those two are on the device.
-
-    Args:
-      model: the networks; their parameters are arguments of the compiled program, not constants in it.
-      fn: (model, rows, further rows...) to rows, each computed on its own.
-      batch_size: rows per call of the device.
-      prepare: rows to rows, each on its own, on the host; of the first rows alone.
-    Returns:
-      (rows [N, ...], further rows [N, ...]...) to f32[N, ...], of any N > 0; another N does not compile again.
-
-    Raises:
-      InputError: the batch size is not positive.
-    """
-    if batch_size < 1:
-        raise InputError(f"reward.batch_size={batch_size} must be at least 1")
-    graphdef, state = nnx.split(model)
-
-    @jax.jit
-    def compiled(state: Any, *rows: Array) -> Array:
-        # Scores are published in float32. A reward network runs once per image, so this costs next to nothing.
-        with jax.default_matmul_precision("highest"):
-            return fn(nnx.merge(graphdef, state), *rows).astype(jnp.float32)
-
-    def filled(batch: np.ndarray) -> np.ndarray:
-        return np.concatenate([batch, np.broadcast_to(batch[:1], (batch_size - len(batch), *batch.shape[1:]))])
-
-    def run(rows: np.ndarray, *further: np.ndarray) -> np.ndarray:
-        done: list[Any] = []
-        for start in range(0, len(rows), batch_size):
-            batch = slice(start, start + batch_size)
-            done.append(compiled(state, filled(prepare(rows[batch])), *(filled(more[batch]) for more in further)))
-            if start:
-                done[-2] = np.asarray(done[-2])  # waits for it
-        return np.concatenate(done)[: len(rows)]
 
     return run

@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from ml_collections import ConfigDict
 
 from ddpo_jax import find
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import clip, weights
 from ddpo_jax.rewards._shared import clip as _clip
+from ddpo_jax.rewards._shared.batches import in_batches
 
 PUBLISHED = {  # reward, options -> the file and the repository that a user has to get
     ("aesthetic", "weights=laion"): ("model.safetensors", "openai/clip-vit-large-patch14"),
@@ -159,7 +161,7 @@ def test_batches_pad_and_never_compile_twice():
         on_device.append(sum(x.dtype == np.uint8 and x.shape == (4, 2) for x in jax.live_arrays()))
         return rows[:, ::-1] + np.uint8(1)
 
-    run = _clip.in_batches(Scale(), fn, 4, prepare)
+    run = in_batches(Scale(), fn, ConfigDict({"batch_size": 4, "device": "mesh"}), prepare)
     for n in (1, 3, 4, 5, 9, 33):
         rows = np.arange(2 * n, dtype=np.uint8).reshape(n, 2)
         out = run(rows)
