@@ -15,6 +15,7 @@ from ddpo_jax.rollout.scoring import RewardError
 from ddpo_jax.training.build import build, describe
 from ddpo_jax.training.epoch import branch_step, refresh, update
 from ddpo_jax.training.state import restore, save, show_fixed
+from ddpo_jax.training.watch import Watch
 from ddpo_jax.workdir import checkpoint, metrics
 from ddpo_jax.workdir.folder import Signals, finish, refuse_other_run
 from ddpo_jax.workdir.lock import Lock
@@ -52,16 +53,18 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
         logging.info("%s", describe(parts, config))
         for doubt in doubts(config, parts.traits):
             logging.warning("%s", doubt)
-        with metrics.Writer(workdir, start) as writer:
+        watch = Watch(workdir, config.log, parts.reward.waits_for)
+        with metrics.Writer(workdir, start) as writer, watch:
             progress = metrics.Progress(config.num_epochs, start)
             if start == 0:
                 show_fixed(writer, parts, config, state, 0)
             for epoch in range(start, config.num_epochs):
                 if signals.received:  # before the first epoch began
                     raise Interrupted(signals.received, f"stopped before epoch {epoch}; the same command goes on there")
-                with signals.stoppable():
+                with signals.stoppable(), watch.epoch(epoch):
                     try:
                         progress.phase("sampling")
+                        watch.stage("sampling")
                         state, behaviour = refresh(state, parts.traits, epoch)
                         branch = branch_step(parts, config, epoch)
                         rollout = parts.collector.collect(epoch, behaviour, branch)
@@ -72,10 +75,13 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
                             f"epoch {epoch}: {error}; the epochs before are saved, the same command goes on from here"
                         ) from error
                     progress.phase("updating")
+                    watch.stage("updating")
                     state, row = update(parts, config, state, stats, rollout, epoch)
                     if parts.evaluation:
                         row |= parts.evaluation.after(epoch + 1, config.num_epochs, state.params)
+                watch.stage("writing")
                 lock.check()
+                row |= watch.row(len(rollout.prompts))
                 row = {"epoch": epoch, "reward_queries": (epoch + 1) * len(rollout.prompts)} | row
                 writer.write(row)
                 if config.log.images_every and epoch % config.log.images_every == 0:
@@ -84,6 +90,7 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
                 last = epoch + 1 == config.num_epochs
                 if last:  # before the save: a process that is killed here draws them when it resumes
                     show_fixed(writer, parts, config, state, epoch + 1)
+                watch.stage("saving")
                 save(saver, parts, state, stats, epoch + 1, row["reward/mean"], force=last or signals.received > 0)
                 progress.update(row)
                 if signals.received:
