@@ -224,7 +224,8 @@ def programs(ready: Ready, size: Size, mesh: Mesh) -> tuple[dict[str, Callable[[
     parts = build(ready, random_model(config, size, shapes_only=True), mesh)
     model = parts.model
     shapes = jax.eval_shape(parts.learner.init, model.params)
-    state = dataclasses.replace(sharding.put_params(shapes, mesh), value=sharding.replicate(shapes.value, mesh))
+    state = sharding.put_params(shapes, mesh, parts.sampler.rules)
+    state = dataclasses.replace(state, value=sharding.replicate(shapes.value, mesh))
     graphdef, vae = nnx.split(model.pipeline.vae)
     resident = _bytes((state, model.frozen, model.reference, vae)) + 4 * size.text_params
     context, n = (size.tokens, size.unet.cross_attention_dim), config.sample.batch_size

@@ -43,7 +43,7 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
     saver = checkpoint.Checkpointer(workdir, config.checkpoint.every, config.checkpoint.keep)
     with Signals(parts.reward.waits_for) as signals, saver, parts.reward:
         if parts.evaluation:  # before ``restore``, which frees the untrained parameters
-            parts.evaluation.start(sharding.put_params(parts.model.params, parts.mesh))
+            parts.evaluation.start(sharding.put_params(parts.model.params, parts.mesh, parts.sampler.rules))
         state, start = restore(saver, parts, stats)
         if start >= config.num_epochs:
             logging.info(
