@@ -107,7 +107,7 @@ KEYS = (
         "devices that split the images only; -1 = all that fsdp leaves (CPU: cores that divide the batches)"),
     Key("mesh.fsdp", 1, "devices that split the images and also share one copy of the parameters"),
     Key("mesh.rules", (".*=largest",),
-        "dimension that fsdp splits, PATTERN=WHERE by a parameter's name, the first that fits: a number, largest, none"),
+        "dimension that fsdp splits, PATTERN=WHERE by the parameter's name, first that fits: a number, largest, none"),
     Key("checkpoint.every", ByModel(5, 1), "epochs between checkpoints; the last epoch is always saved"),
     Key("checkpoint.keep", 2, "latest checkpoints kept; the best by reward is kept as well"),
     Key("log.images_every", 1, "epochs between image grids; 0 = none"),

@@ -55,7 +55,7 @@ PEAKS = {
 }
 CHIPS = {"H100": 80, "A100": 40, "TPU v4": 32, "TPU v5e": 16}  # GiB of memory on each, for the table of what fits
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2"}  # chips whose compiler, libtpu, needs none of them
-SLICES = {"v5e-8": "v5e:2x4", "v5e-64": "v5e:8x8", "v5e-256": "v5e:16x16"}  # many of them, for ``topology``
+SLICES = {"v5e-8": "v5e:2x4", "v5e-64": "v5e:8x8", "v5e-256": "v5e:16x16"}  # many chips, for ``perf.topology``
 REMAT = ("on", "off")
 USABLE = 0.92  # of a chip's memory: the runtime keeps some, and allocation wastes some
 
@@ -176,16 +176,18 @@ def memory(
             setting = f"{f'adapters of rank {rank}' if rank else 'whole UNet'}, remat {remat}"
             progress(f"{setting}: on paper")
             with compiling_for("gpu"):  # not the CPU's convolutions, and no kernel that hides what it takes
-                traced, resident = programs(varied, size, _alone(jax.devices()[0]))
-                paper: dict[str, Any] = {name: resident + paper_bytes(trace()) for name, trace in traced.items()}
+                found, resident = programs(varied, size, _alone(jax.devices()[0]))
+                paper: dict[str, Any] = {
+                    name: resident + paper_bytes(program.trace(*args)) for name, (program, args) in found.items()
+                }
             if device is not None:
                 names = ("update",) if compiled else ("rollout", "update")  # remat concerns the update alone
                 with compiling_for(device.platform) if compile_for in TOPOLOGIES else contextlib.nullcontext():
-                    traced, _ = programs(varied, size, _alone(device))
+                    found, _ = programs(varied, size, _alone(device))
                     for name in names:
                         progress(f"{setting}: {name} by the compiler for {device.device_kind} ...")
                         start = time.perf_counter()
-                        total = resident + compiled(traced[name](), device.platform)[0]
+                        total = resident + compiled(*found[name], device.platform)[0]
                         progress(f"  {total / 2**30:.2f} GiB, in {time.perf_counter() - start:.0f} s")
                         compiled[f"compiled_{name}"] = total
                 compiled["compiled_for"] = f"TPU {compile_for}"
@@ -218,8 +220,8 @@ def _alone(device: Any) -> Mesh:
     return Mesh(np.array([[device]]), sharding.BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def programs(ready: Ready, size: Size, mesh: Mesh) -> tuple[dict[str, Callable[[], Any]], int]:
-    """``({name: traces the program}, bytes on one device that are resident)`` of a run on ``mesh``."""
+def programs(ready: Ready, size: Size, mesh: Mesh) -> tuple[dict[str, tuple[Any, tuple[Any, ...]]], int]:
+    """``({name: (program, shapes of its arguments)}, bytes on one device that are resident)`` of a run on ``mesh``."""
     config = ready.config
     parts = build(ready, random_model(config, size, shapes_only=True), mesh)
     model = parts.model
@@ -241,13 +243,13 @@ def programs(ready: Ready, size: Size, mesh: Mesh) -> tuple[dict[str, Callable[[
         return nnx.merge(graphdef, vae).decode(latents, slice_size=slice_size)
 
     return {
-        "rollout": lambda: parts.sampler.program.trace(state.params, model.frozen, parts.uncond, *sampled),
-        "decode": lambda: jax.jit(decode).trace(vae, _float(n, *model.pipeline.latent_shape)),
-        "update": lambda: parts.learner.update.trace(state, model.reference, model.frozen, parts.uncond, batch),
+        "rollout": (parts.sampler.program, (state.params, model.frozen, parts.uncond, *sampled)),
+        "decode": (jax.jit(decode), (vae, _float(n, *model.pipeline.latent_shape))),
+        "update": (parts.learner.update, (state, model.reference, model.frozen, parts.uncond, batch)),
     }, resident
 
 
-def compiled(traced: Any, platform: str) -> tuple[int, str]:
+def compiled(program: Any, args: tuple[Any, ...], platform: str) -> tuple[int, str]:
     """``(bytes on one device besides the arguments, text)`` of a compiled program.
 
     Where the compiler refuses it as too large there is no text.
@@ -258,17 +260,17 @@ def compiled(traced: Any, platform: str) -> tuple[int, str]:
     before = getattr(jax.config, effort)
     jax.config.update(effort, -1.0)
     try:
-        program = traced.lower().compile(options)
-        analysis = program.memory_analysis()
+        found = program.lower(*args).compile(options)
+        analysis = found.memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         needed = refused_bytes(str(error))
         if needed is None:
             raise
-        return needed - _bytes([x._aval for x in jax.tree.leaves(traced.args_info)]), ""
+        return needed - _bytes(args), ""
     finally:
         jax.config.update(effort, before)
     taken = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return taken, program.as_text()
+    return taken, found.as_text()
 
 
 def refused_bytes(message: str) -> int | None:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -66,9 +66,38 @@ def compile_programs(
         for name in ("update", "rollout"):
             progress(f"{name} by the compiler for {len(devices)} x {kind} ...")
             start = time.perf_counter()
-            taken, text = capacity.compiled(programs[name](), devices[0].platform)
+            taken, text = capacity.compiled(*programs[name], devices[0].platform)
             seconds = time.perf_counter() - start
             yield Program(name, resident, resident + taken, collectives(text), seconds)
+
+
+def rows(entries: Iterable[Program]) -> list[tuple[str, float, str]]:
+    """The same as ``table`` as a list of numbers."""
+    found: list[tuple[str, float, str]] = []
+    for entry in entries:
+        found += [(f"{entry.name}: resident", entry.resident / 2**30, "GiB")]
+        found += [(f"{entry.name}: most", entry.total / 2**30, "GiB")]
+        found += [(f"{entry.name}: {kind}", size / 2**30, "GiB") for kind, (_, size) in entry.collectives.items()]
+        found += [(f"{entry.name}: compiled in", entry.seconds, "s")]
+    return found
+
+
+def table(entries: Iterable[Program], chips: int, fsdp: int) -> str:
+    """What one chip holds and what goes between the chips, in Markdown."""
+    lines = [
+        "| GiB on one chip | resident | most | " + " | ".join(KINDS) + " | compiled in |",
+        "|---|---:|---:|" + "---:|" * len(KINDS) + "---:|",
+    ]
+    for entry in entries:
+        cells = [f"{entry.resident / 2**30:.1f}", f"{entry.total / 2**30:.1f}"]
+        cells += [f"{size / 2**30:.2f} in {count}" if count else "0" for count, size in entry.collectives.values()]
+        name = f"{entry.name}, {chips} chips, fsdp {fsdp}"
+        lines.append("| " + " | ".join([name, *cells, f"{entry.seconds:.0f} s"]) + " |")
+    notes = (
+        "Bytes of a collective are those of the whole array; a program whose bytes do not fit is refused by the "
+        "compiler, and its collectives are not known then."
+    )
+    return "\n".join([*lines, "", notes])
 
 
 def collectives(text: str) -> dict[str, tuple[int, int]]:

@@ -22,7 +22,7 @@ manifest() {
   local kind=$1 words="" word
   shift
   for word in "$@"; do words+=", $(quoted "$word")"; done
-  sed -e "s|, \"ARGUMENTS\"|$words|" -e "s|IMAGE\$|$IMAGE|" -e "s|ddpo-jax-host-0-0.ddpo-jax|$name-host-0-0.$name|" \
+  sed -e "s|, \"ARGUMENTS\"|$words|" -e "s|IMAGE\$|$IMAGE|" \
     -e "s|^  name: ddpo-jax\$|  name: $name|" -e "s|/runs/ddpo-jax|/runs/$name|" "$here/$kind.yaml"
 }
 

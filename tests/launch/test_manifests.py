@@ -1,6 +1,5 @@
 """The manifests against their schemas, and what has to agree inside each."""
 
-import json
 import os
 import pathlib
 import re
@@ -19,8 +18,10 @@ SCHEMAS = {
     "skypilot.yaml": schemas.SKYPILOT,
 }
 # What ``jax.distributed`` is started from. Slurm, Kubernetes, SkyPilot and a TPU's runtime set theirs by themselves.
-SET_BY_US = {"JAX_COORDINATOR_IP", "JAX_COORDINATOR_PORT", "NNODES", "NODE_RANK"}
-SET_BY_ENGINES = re.compile(r"SLURM_\w+|SKYPILOT_\w+|JOB_COMPLETION_INDEX|TPU_WORKER_(ID|HOSTNAMES)")
+SET_BY_US = {"JAX_COORDINATOR_IP", "JAX_COORDINATOR_PORT", "NNODES", "NODE_RANK", "JOBSET_NAME", "REPLICATED_JOB_NAME"}
+SET_BY_ENGINES = re.compile(
+    r"SLURM_\w+|SKYPILOT_NODE_(IPS|RANK)|SKYPILOT_NUM_NODES|JOB_COMPLETION_INDEX|TPU_WORKER_(ID|HOSTNAMES)"
+)
 OTHERS = {"TPU_NAME", "SLURM_SUBMIT_DIR", "SLURM_JOB_ID"}  # of the launchers themselves
 
 
@@ -67,14 +68,30 @@ def test_the_chips_of_the_tpu_manifest_are_those_of_its_topology():
     assert job["completions"] * pod["containers"][0]["resources"]["limits"]["google.com/tpu"] == rows * columns
 
 
+def joined(environment):
+    """What ``jax.distributed`` is started with in a process that has this environment."""
+    hosts = pytest.importorskip("ddpo_jax.hosts.environment", reason="this version runs in one process")
+    return hosts.read(environment).arguments
+
+
 def test_the_coordinator_of_the_gpu_manifest_is_its_first_pod():
     manifest = load("gke/gpu.yaml")
-    set_, (job, spec, pod) = manifest["metadata"]["name"], pod_of(manifest)
-    env = {entry["name"]: entry["value"] for entry in pod["containers"][0]["env"]}
+    name, (job, spec, pod) = manifest["metadata"]["name"], pod_of(manifest)
+    (container,) = pod["containers"]
+    # What Kubernetes and JobSet write into a pod and its annotations.
+    annotations = {"jobset.sigs.k8s.io/jobset-name": name, "jobset.sigs.k8s.io/replicatedjob-name": job["name"]}
+    environment = {"JOB_COMPLETION_INDEX": "1"}
+    for entry in container["env"]:
+        path = entry.get("valueFrom", {}).get("fieldRef", {}).get("fieldPath", "")
+        annotation = re.fullmatch(r"metadata\.annotations\['(.+)'\]", path)
+        environment[entry["name"]] = annotations[annotation[1]] if annotation else entry["value"]
+    assert environment["NNODES"] == str(spec["completions"]) and manifest["spec"]["network"]["enableDNSHostnames"]
+    started = joined(environment)
     # <JobSet>-<replicated job>-<job's index>-<pod's index>.<subdomain, by default the JobSet's name>
-    assert env["JAX_COORDINATOR_IP"] == f"{set_}-{job['name']}-0-0.{set_}" and env["NNODES"] == str(spec["completions"])
-    ports = [port["containerPort"] for port in pod["containers"][0]["ports"]]
-    assert int(env["JAX_COORDINATOR_PORT"]) in ports and manifest["spec"]["network"]["enableDNSHostnames"]
+    address, _, port = started["coordinator_address"].rpartition(":")
+    assert address == f"{name}-{job['name']}-0-0.{name}"
+    assert int(port) in [entry["containerPort"] for entry in container["ports"]]
+    assert (started["num_processes"], started["process_id"]) == (spec["completions"], 1)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +99,8 @@ def test_the_coordinator_of_the_gpu_manifest_is_its_first_pod():
 )
 def test_variables_that_name_the_processes_are_those_that_training_reads(path):
     """A name that looks like one of them and is none would leave every process alone."""
-    named = set(re.findall(r"\b(?:JAX|SLURM|SKYPILOT|TPU|JOB|NNODES|NODE|COORDINATOR|MASTER|WORLD|RANK)(?:_[A-Z]+)*\b",
-                           path.read_text()))  # fmt: skip
+    start = "JAX|SLURM|SKYPILOT|TPU|JOB|JOBSET|REPLICATED|NNODES|NODE|COORDINATOR|MASTER|WORLD|RANK"
+    named = set(re.findall(rf"\b(?:{start})(?:_[A-Z]+)*\b", path.read_text()))
     named = {name for name in named if "_" in name or name in SET_BY_US} - OTHERS
     assert {name for name in named if name not in SET_BY_US and not SET_BY_ENGINES.fullmatch(name)} == set()
 
@@ -105,7 +122,6 @@ def test_the_launcher_fills_in_image_name_and_arguments(kind):
     (container,) = pod_of(manifest)[2]["containers"]
     assert manifest["metadata"]["name"] == "second" and container["image"] == "registry/us-east1/ddpo_jax:1"
     assert container["args"] == ["--workdir=/runs/second", *arguments]
-    assert "ddpo-jax-host" not in json.dumps(manifest)
 
 
 def test_the_skypilot_task_goes_on_after_a_preemption():
