@@ -21,7 +21,7 @@ case $command in
       run sudo add-apt-repository -y ppa:deadsnakes/ppa
       run sudo apt-get install -y python3.12 python3.12-venv
     fi
-    run bash launch/local.sh --help
+    run bash -c "bash launch/local.sh --help >/dev/null"
     ;;
   mount)
     if [ -z "$dry_run" ] && mountpoint -q /mnt/runs; then exit 0; fi

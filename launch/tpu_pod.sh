@@ -44,11 +44,14 @@ create() {
     status
     return
   fi
-  while now=$(status) && [ "$now" != ACTIVE ]; do
-    case $now in FAILED | SUSPEND*)
-      say "error: $name is $now; gcloud compute tpus queued-resources describe $name says why"
-      return 1
-      ;;
+  while true; do
+    now=$(status || true)
+    case $now in
+      ACTIVE) return ;;
+      FAILED | SUSPEND*)
+        say "error: $name is $now; gcloud compute tpus queued-resources describe $name says why"
+        return 1
+        ;;
     esac
     say "$name is ${now:-not known yet}; looking again in 30 s"
     sleep 30
