@@ -11,7 +11,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
-running() { [ -e run.pid ] && kill -0 "$(cat run.pid)" 2>/dev/null; }
+# Whether the process that was started here lives; one that nobody has waited for (Z) does not.
+running() { [ -e run.pid ] && grep -q '^State:.[^ZX]' "/proc/$(cat run.pid)/status" 2>/dev/null; }
 
 parse "$@"
 export DDPO_EXTRAS=${DDPO_EXTRAS-tpu}

@@ -49,7 +49,7 @@ def test_a_parameter_is_split_along_its_largest_dimension_that_divides(shape, fs
     assert sharding.param_spec("any.name", shape, fsdp) == expected
 
 
-NAMES = {"conv_in.kernel": (3, 3, 4, 320), "to_q.kernel": (320, 320), "to_q.bias": (320,), "time.kernel": (8, 640)}
+NAMES = {"conv_in.kernel": (3, 3, 8, 320), "to_q.kernel": (320, 320), "to_q.bias": (320,), "time.kernel": (8, 640)}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_first_rule_that_finds_a_name_decides(mesh, rules, expected):
     [
         (["to_q.kernl=0"], "received 'to_q.kernl=0', which finds no .*; nearest: to_q.kernel, .*; correct it"),
         ([".*=largest", "to_q=0"], "received 'to_q=0', which finds no parameter's name that rules before it leave"),
-        (["conv_in=0"], r"mesh.fsdp=4 must divide dimension 0 of conv_in.kernel \[3, 3, 4, 320\]; use another"),
+        (["conv_in=0"], r"mesh.fsdp=4 must divide dimension 0 of conv_in.kernel \[3, 3, 8, 320\]; use another"),
         (["to_q=1"], r"must divide dimension 1 of to_q.bias \[320\]"),
         (["to_q"], "received 'to_q'; it must be PATTERN=WHERE"),
         (["to_q=widest"], "received 'to_q=widest'; it must be PATTERN=WHERE"),

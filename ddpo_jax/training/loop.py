@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+import jax
 from absl import logging
 
 from ddpo_jax import sharding
@@ -76,7 +77,9 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
                         ) from error
                     progress.phase("updating")
                     watch.stage("updating")
-                    state, row = update(parts, config, state, stats, rollout, epoch)
+                    # In the hot loop only that goes to the devices which is put there; anything else would wait for them.
+                    with jax.transfer_guard_host_to_device("disallow"):
+                        state, row = update(parts, config, state, stats, rollout, epoch)
                     if parts.evaluation:
                         row |= parts.evaluation.after(epoch + 1, config.num_epochs, state.params)
                 watch.stage("writing")
