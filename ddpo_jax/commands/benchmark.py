@@ -102,7 +102,8 @@ def main(argv: Sequence[str]) -> None:
     if args.loop:
         print(benchmark.report(header, benchmark.loop_rows(args.repeats), args.json))
         return
-    chips = capacity.devices_of(args.compile_for) if args.compile_for in capacity.SLICES else []
+    many = args.memory_only and args.compile_for in capacity.SLICES
+    chips = capacity.devices_of(args.compile_for) if many else []
     ready = make_config(args, "tpu", len(chips)) if chips else make_config(args, backend, devices)
     config = ready.config
     train, size = config.train, SIZES[args.model] if args.model in SIZES else None

@@ -16,7 +16,7 @@ TRACES = "profile"  # folder of the traces, in that of the run
 
 # What an epoch does, and what it then waits for if it is not the reward.
 STAGES = {
-    "starting": "a signal, or for another process",
+    "starting": "the devices, which draw the fixed prompts or compile, or for another process",
     "sampling": "the devices, which draw images or compile",
     "updating": "the devices, which update or compile, or for another process",
     "writing": "the disk, which takes the metrics and pictures",
@@ -35,7 +35,7 @@ class Watch:
 
     def __init__(self, workdir: pathlib.Path, options: ConfigDict, waits_for: Callable[[], str]):
         self._folder, self._waits_for = workdir / TRACES, waits_for
-        self._traced = traced_epochs(options.profile)
+        self._traced, self._tracing = traced_epochs(options.profile), False
         self._stall_s = options.stall_s
         self._now = 0, "starting", time.monotonic()  # epoch, stage and since when
         self._seconds: dict[str, float] = {}  # of each stage, when it was last left
@@ -50,19 +50,25 @@ class Watch:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
+        self._trace(False)
 
     @contextlib.contextmanager
     def epoch(self, number: int) -> Iterator[None]:
-        """Around the rollout and the updates of an epoch: an xprof trace of it, if it is one of ``log.profile``."""
+        """Around the rollout and the updates of an epoch, which traces then name."""
         self.stage("starting")
         self._start = self._now[-1]
         self._now = number, "starting", self._start
-        if number not in self._traced:
+        self._trace(number in self._traced)
+        with jax.profiler.StepTraceAnnotation("epoch", step_num=number):
             yield
-            return
-        with jax.profiler.trace(str(self._folder)):
-            with jax.profiler.StepTraceAnnotation("epoch", step_num=number):
-                yield
+
+    def _trace(self, wanted: bool) -> None:
+        """Starts the xprof trace, or stops and writes it, if that is not how it is already."""
+        if wanted and not self._tracing:
+            jax.profiler.start_trace(str(self._folder))
+        elif self._tracing and not wanted:
+            jax.profiler.stop_trace()
+        self._tracing = wanted
 
     def stage(self, name: str) -> None:
         """The epoch is at ``name`` now, one of ``STAGES``; each is progress."""
