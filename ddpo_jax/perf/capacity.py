@@ -170,7 +170,7 @@ def memory(
     """
     device = None if compile_for == "none" else devices_of(compile_for)[0]
     for rank in (ready.config.train.lora_rank or 4, 0):
-        compiled: dict[str, Any] = {}
+        by_compiler: dict[str, Any] = {}
         for remat in REMAT:
             varied = ready.with_values({"train.lora_rank": rank, "train.remat": remat})
             setting = f"{f'adapters of rank {rank}' if rank else 'whole UNet'}, remat {remat}"
@@ -181,7 +181,7 @@ def memory(
                     name: resident + paper_bytes(program.trace(*args)) for name, (program, args) in found.items()
                 }
             if device is not None:
-                names = ("update",) if compiled else ("rollout", "update")  # remat concerns the update alone
+                names = ("update",) if by_compiler else ("rollout", "update")  # remat concerns the update alone
                 with compiling_for(device.platform) if compile_for in TOPOLOGIES else contextlib.nullcontext():
                     found, _ = programs(varied, size, _alone(device))
                     for name in names:
@@ -189,9 +189,9 @@ def memory(
                         start = time.perf_counter()
                         total = resident + compiled(*found[name], device.platform)[0]
                         progress(f"  {total / 2**30:.2f} GiB, in {time.perf_counter() - start:.0f} s")
-                        compiled[f"compiled_{name}"] = total
-                compiled["compiled_for"] = f"TPU {compile_for}"
-            yield Memory(setting, resident, **paper, **compiled)
+                        by_compiler[f"compiled_{name}"] = total
+                by_compiler["compiled_for"] = f"TPU {compile_for}"
+            yield Memory(setting, resident, **paper, **by_compiler)
 
 
 def devices_of(compile_for: str) -> list[Any]:

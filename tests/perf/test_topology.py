@@ -78,7 +78,7 @@ def test_a_slice_is_asked_for_the_config_as_it_is(eight, monkeypatch, capsys):
         return 2**30, TEXT
 
     monkeypatch.setattr(capacity, "compiled", compiled)
-    rule = "--set=mesh.rules=('conv_in.kernel=3',)"
+    rule = "--set=mesh.rules=(conv_in.kernel=3)"
     assert cli.run(command_line.main, [*eight, rule]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in printed if line.startswith("| ")] == [
@@ -93,7 +93,7 @@ def test_a_slice_is_asked_for_the_config_as_it_is(eight, monkeypatch, capsys):
 
 @pytest.mark.slow  # compiles two programs
 def test_every_split_parameter_is_gathered_once_and_its_gradient_scattered_once(eight, capsys):
-    assert cli.run(command_line.main, [*eight, "--set=mesh.rules=('kernel=0',)", "--json"]) == 2
+    assert cli.run(command_line.main, [*eight, "--set=mesh.rules=(kernel=0)", "--json"]) == 2
     assert "must divide dimension 0" in capsys.readouterr().err
     rule = r"--set=mesh.rules=('attn.*to_q\\.kernel=0',)"
     assert cli.run(command_line.main, [*eight, rule, "--json"]) == 0
