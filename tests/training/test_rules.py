@@ -12,7 +12,7 @@ from ddpo_jax.training.loop import train
 from ddpo_jax.workdir import metrics
 
 KEYS = {"reward.name": "tiny_reward:reward", "mesh.data": 2, "mesh.fsdp": 2}
-RULES = (r"to_[qk]\.kernel=1", "to_v=none", "conv.*kernel=3")
+RULES = r"(to_[qk]\.kernel=1,to_v=none,conv.*kernel=3)"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_parameters_moments_average_reference_and_frozen_weights_follow(folder):
 
 def test_what_is_computed_does_not_depend_on_the_rules(folder, tmp_path):
     rows = {}
-    for name, rules in {"default": (".*=largest",), "ours": RULES}.items():
+    for name, rules in {"default": "(.*=largest)", "ours": RULES}.items():
         tiny_reward.reset()
         train(tiny.tiny_ready(folder, num_epochs=1, **KEYS, **{"mesh.rules": rules}), tmp_path / name)
         (rows[name],) = metrics.read_metrics(tmp_path / name)
@@ -62,4 +62,4 @@ def test_what_is_computed_does_not_depend_on_the_rules(folder, tmp_path):
 
 def test_a_rule_that_finds_nothing_is_refused_before_anything_is_trained(folder, tmp_path):
     with pytest.raises(ValueError, match="mesh.rules: received 'to_qq=0', which finds no parameter's name"):
-        train(tiny.tiny_ready(folder, **KEYS, **{"mesh.rules": ("to_qq=0",)}), tmp_path)
+        train(tiny.tiny_ready(folder, **KEYS, **{"mesh.rules": "(to_qq=0)"}), tmp_path)
