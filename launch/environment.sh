@@ -5,8 +5,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${DDPO_VENV:-$root/.venv}
-
-say() { printf 'ddpo_jax: %s\n' "$*" >&2; }
+source "$root/launch/common.sh"
 
 supported() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 

@@ -46,7 +46,49 @@ def test_meshes_that_do_not_fit_are_refused(data, fsdp):
     ],
 )
 def test_a_parameter_is_split_along_its_largest_dimension_that_divides(shape, fsdp, expected):
-    assert sharding.param_spec(shape, fsdp) == expected
+    assert sharding.param_spec("any.name", shape, fsdp) == expected
+
+
+NAMES = {"conv_in.kernel": (3, 3, 8, 320), "to_q.kernel": (320, 320), "to_q.bias": (320,), "time.kernel": (8, 640)}
+
+
+@pytest.mark.parametrize(
+    "rules, expected",
+    [
+        ([".*=largest"], [P(None, None, None, "fsdp"), P(None, "fsdp"), P(), P()]),  # the last are too small
+        (["to_q=0"], [P(), P("fsdp"), P("fsdp"), P()]),  # what no rule finds is whole
+        (["bias$=none", "to_q=0", ".*=largest"], [P(None, None, None, "fsdp"), P("fsdp"), P(), P()]),
+        ([r"^time\.=1", "conv=2"], [P(None, None, "fsdp"), P(), P(), P(None, "fsdp")]),
+    ],
+)
+def test_the_first_rule_that_finds_a_name_decides(mesh, rules, expected):
+    rules = sharding.read_rules(rules)
+    sharding.check_rules(rules, NAMES, 4)
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in NAMES.items()}
+    expected = dict(zip(NAMES, expected, strict=True))
+    assert sharding.param_specs(params, mesh, rules) == expected
+    moments = sharding.param_specs((None, {"mu": params, "count": jnp.int32(0)}), mesh, rules)[1]
+    assert moments == {"mu": expected, "count": P()}
+    placed = sharding.put_params({"to_q.bias": jnp.arange(320.0)}, mesh, rules)["to_q.bias"]
+    assert placed.addressable_shards[0].data.shape == ((80,) if "fsdp" in expected["to_q.bias"] else (320,))
+
+
+@pytest.mark.parametrize(
+    "rules, message",
+    [
+        (["to_q.kernl=0"], "received 'to_q.kernl=0', which finds no .*; nearest: to_q.kernel, .*; correct it"),
+        ([".*=largest", "to_q=0"], "received 'to_q=0', which finds no parameter's name that rules before it leave"),
+        (["conv_in=0"], r"mesh.fsdp=4 must divide dimension 0 of conv_in.kernel \[3, 3, 8, 320\]; use another"),
+        (["to_q=1"], r"must divide dimension 1 of to_q.bias \[320\]"),
+        (["to_q"], "received 'to_q'; it must be PATTERN=WHERE"),
+        (["to_q=widest"], "received 'to_q=widest'; it must be PATTERN=WHERE"),
+        (["(=0"], r"received '\(=0'; it must be PATTERN=WHERE"),
+    ],
+)
+def test_rules_that_do_nothing_or_cannot_be_are_refused(rules, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        sharding.check_rules(sharding.read_rules(rules), NAMES, 4)
+    assert str(raised.value).startswith("mesh.rules: ") and "\n" not in str(raised.value)
 
 
 def test_parameters_at_rest(mesh):
@@ -89,7 +131,7 @@ def test_gradients_are_summed_over_all_devices_and_each_keeps_its_slice(mesh):
     shapes = {"big": BIG, "small": (5,)}
     rng = np.random.default_rng(0)
     parts = {name: rng.standard_normal((8, *shape)).astype(np.float32) for name, shape in shapes.items()}
-    specs = {name: sharding.param_spec(shape, 4) for name, shape in shapes.items()}
+    specs = {name: sharding.param_spec(name, shape, 4) for name, shape in shapes.items()}
 
     def summed(parts):
         return sharding.scatter_grads(jax.tree.map(lambda x: x[0], parts), specs)

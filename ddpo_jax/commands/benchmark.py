@@ -11,6 +11,8 @@ examples:
   ddpo_jax benchmark --loop                           the convolution gradient inside a loop, by two rules
   ddpo_jax benchmark --model=sd15 --random-weights    Stable Diffusion 1.5 (sd21: 2.1) at 512 x 512, bfloat16
   ddpo_jax benchmark --model=sd15 --memory-only       what fits where: runs and allocates nothing
+  ddpo_jax benchmark --model=sd15 --memory-only --compile-for=v5e-8 --batch=16 --set=train.lora_rank=0 \
+      --set=mesh.fsdp=8                               what each of 8 chips holds, and what they tell each other
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from ddpo_jax.config.model import default_clip_range
 from ddpo_jax.config.override import override
 from ddpo_jax.config.ready import Ready, make_ready
 from ddpo_jax.errors import InputError
-from ddpo_jax.perf import against, benchmark, capacity, random_rewards
+from ddpo_jax.perf import against, benchmark, capacity, random_rewards, topology
 from ddpo_jax.perf.random_model import SIZES, random_model
 from ddpo_jax.training.build import build
 
@@ -86,8 +88,9 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--compile-for",
         default="none",
-        choices=("none", "here", *capacity.TOPOLOGIES),
-        help="with --memory-only: ask a compiler too, of the device here, or of a TPU by libtpu (an hour for SD); none",
+        choices=("none", "here", *capacity.TOPOLOGIES, *capacity.SLICES),
+        help="with --memory-only: ask a compiler too, of the device here, of a TPU by libtpu (an hour for SD), or of a "
+        "slice of so many chips, for the config as it is (--set=mesh.fsdp=8): bytes on a chip and between chips; none",
     )
     parser.add_argument("--loop", action="store_true", help="compare convolution gradients inside a loop")
     parser.add_argument("--against", choices=("trl",), help="another library, where it is installed: epochs in turns")
@@ -112,15 +115,26 @@ def main(argv: Sequence[str]) -> None:
     if args.against:
         print(benchmark.report(header, against.compare(args.repeats, backend, devices), args.json))
         return
-    ready = make_config(args, backend, devices)
+    many = args.memory_only and args.compile_for in capacity.SLICES
+    chips = capacity.devices_of(args.compile_for) if many else []
+    ready = make_config(args, "tpu", len(chips)) if chips else make_config(args, backend, devices)
     config = ready.config
     train, size = config.train, SIZES[args.model] if args.model in SIZES else None
     header |= {"model": args.model, "dtype": config.dtype, "steps": config.sample.num_steps}
     header |= {"rollout batch": config.sample.batch_size, "update batch": train.batch_size}
     header |= {"microbatch": train.microbatch_size, "guidance": config.sample.guidance_scale}
+
+    def progress(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    if size and args.memory_only and chips:
+        found = list(topology.compile_programs(ready, size, chips, progress))
+        table = "" if args.json else f"\n\n{topology.table(found, len(chips), config.mesh.fsdp)}"
+        print(benchmark.report(header, topology.rows(found) if args.json else [], args.json) + table)
+        return
     if size and args.memory_only:
         start = time.perf_counter()
-        entries = list(capacity.memory(ready, size, args.compile_for, lambda line: print(line, file=sys.stderr)))
+        entries = list(capacity.memory(ready, size, args.compile_for, progress))
         header |= {"seconds": round(time.perf_counter() - start)}
         table = "" if args.json else f"\n\n{benchmark.memory_table(entries, args.compile_for)}"
         print(benchmark.report(header, benchmark.memory_rows(entries) if args.json else [], args.json) + table)

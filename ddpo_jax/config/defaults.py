@@ -93,6 +93,8 @@ KEYS = (
     Key("replay.name", "none", "rule that picks what is replayed, a file of ddpo_jax/replay; none = only this epoch"),
     Key("replay.k", 4, "images replayed per device and epoch, after the ordinary updates"),
     Key("replay.history", 3, "epochs a rollout stays in the buffer"),
+    Key("replay.max_gib", 16.0,
+        "GiB of host memory that the buffer may take; beyond it the oldest epochs leave it before their time"),
     Key("replay.updates", "one", "updates on what is replayed: one of all; ordinary = several of train.batch_size"),
     Key("reward.name", "jpeg_compressibility", "images to scores: a file of ddpo_jax/rewards"),
     Key("reward.wait_s", 600.0,
@@ -104,6 +106,8 @@ KEYS = (
     Key("mesh.data", -1,
         "devices that split the images only; -1 = all that fsdp leaves (CPU: cores that divide the batches)"),
     Key("mesh.fsdp", 1, "devices that split the images and also share one copy of the parameters"),
+    Key("mesh.rules", (".*=largest",),
+        "dimension that fsdp splits, PATTERN=WHERE by the parameter's name, first that fits: a number, largest, none"),
     Key("checkpoint.every", ByModel(5, 1), "epochs between checkpoints; the last epoch is always saved"),
     Key("checkpoint.keep", 2, "latest checkpoints kept; the best by reward is kept as well"),
     Key("log.images_every", 1, "epochs between image grids; 0 = none"),
@@ -113,6 +117,8 @@ KEYS = (
     Key("log.evaluate_images", 128, "images of an evaluation, 4 of each prompt; they are no reward queries"),
     Key("log.evaluate_also", Computed(tuple),
         "names of further rewards that score them and are not trained on; of the miniature's prompts two"),
+    Key("log.profile", "", "epochs of which an xprof trace is written into profile/: 2:4 = 2 and 3; empty = none"),
+    Key("log.stall_s", 900.0, "seconds without progress after which a line says what the run waits for"),
 )
 # fmt: on
 BY_NAME = {key.name: key for key in KEYS}

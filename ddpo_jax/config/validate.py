@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -34,6 +35,11 @@ def _positive(fix: str) -> Rule:
 
 def _decay(fix: str) -> Rule:
     return lambda value: 0 <= value < 1, "it must be in [0, 1)", f"use {fix}"
+
+
+def _rises(text: str) -> bool:
+    first, end = map(int, text.split(":"))
+    return first < end
 
 
 _BATCH = (lambda value: 1 <= value <= 2**20, "it must be from 1 to 1048576", "use 8")
@@ -73,6 +79,7 @@ RULES: dict[str, Rule] = {
     "replay.k": _at_least(1, "use 4, or replay.name=none for no replay"),
     "replay.history": _at_least(1, "use 3, or replay.name=none for no replay"),
     "reward.wait_s": _positive("600"),
+    "replay.max_gib": _positive("16"),
     "replay.updates": _one_of("one", "ordinary"),
     "prompts.samples_per_prompt": _BATCH,
     "mesh.data": (lambda value: value == -1 or value >= 1, "it must be -1 (all devices) or at least 1", "use -1"),
@@ -83,6 +90,12 @@ RULES: dict[str, Rule] = {
     "log.evaluate_every": _at_least(0, "use 0 for no evaluation"),
     "log.evaluate_images": (lambda value: 4 <= value <= 2**20, "it must be from 4 to 1048576", "use 128"),
     "log.num_images": _at_least(1, "use 16, or log.images_every=0 for no images"),
+    "log.profile": (
+        lambda value: not value or bool(re.fullmatch(r"\d{1,9}:\d{1,9}", value)) and _rises(value),
+        "it must be FIRST:END, whole numbers of epochs of which END is larger and not traced, or empty",
+        "use 2:4",
+    ),
+    "log.stall_s": _positive("900"),
 }
 
 

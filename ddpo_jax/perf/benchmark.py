@@ -35,6 +35,7 @@ from ddpo_jax.training import batching
 from ddpo_jax.training import epoch as epochs
 from ddpo_jax.training.build import Parts
 from ddpo_jax.training.learner import TrainState
+from ddpo_jax.training.watch import device_peak_bytes
 from ddpo_jax.types import ScoredSamples
 
 FRACTIONS = (1.0, 0.4)  # parts of the steps that an update trains
@@ -142,9 +143,8 @@ def peak_memory() -> list[Row]:
     """The most memory that the process and each device's allocator have held."""
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     rows: list[Row] = [("peak memory, host", kilobytes / 2**20, "GiB")]
-    used = [device.memory_stats() for device in jax.local_devices()]
-    peaks = [stats["peak_bytes_in_use"] for stats in used if stats and "peak_bytes_in_use" in stats]
-    return rows + ([("peak memory, device", max(peaks) / 2**30, "GiB")] if peaks else [])
+    peak = device_peak_bytes()
+    return rows + ([("peak memory, device", peak / 2**30, "GiB")] if peak else [])
 
 
 def plain_conv(x: Array, kernel: Array, stride: int, padding: layers.Padding) -> Array:

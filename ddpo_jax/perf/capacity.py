@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from ddpo_jax import sharding
@@ -55,6 +55,7 @@ PEAKS = {
 }
 CHIPS = {"H100": 80, "A100": 40, "TPU v4": 32, "TPU v5e": 16}  # GiB of memory on each, for the table of what fits
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2"}  # chips whose compiler, libtpu, needs none of them
+SLICES = {"v5e-8": "v5e:2x4", "v5e-64": "v5e:8x8", "v5e-256": "v5e:16x16"}  # many chips, for ``perf.topology``
 REMAT = ("on", "off")
 USABLE = 0.92  # of a chip's memory: the runtime keeps some, and allocation wastes some
 
@@ -167,39 +168,46 @@ def memory(
     Raises:
       InputError: there is no compiler for ``compile_for``.
     """
-    device = None if compile_for == "none" else _device(compile_for)
+    device = None if compile_for == "none" else devices_of(compile_for)[0]
     for rank in (ready.config.train.lora_rank or 4, 0):
-        compiled: dict[str, Any] = {}
+        by_compiler: dict[str, Any] = {}
         for remat in REMAT:
             varied = ready.with_values({"train.lora_rank": rank, "train.remat": remat})
             setting = f"{f'adapters of rank {rank}' if rank else 'whole UNet'}, remat {remat}"
             progress(f"{setting}: on paper")
             with compiling_for("gpu"):  # not the CPU's convolutions, and no kernel that hides what it takes
-                programs, resident = _programs(varied, size, jax.devices()[0])
-                paper: dict[str, Any] = {name: resident + paper_bytes(traced()) for name, traced in programs.items()}
+                found, resident = programs(varied, size, _alone(jax.devices()[0]))
+                paper: dict[str, Any] = {
+                    name: resident + paper_bytes(program.trace(*args)) for name, (program, args) in found.items()
+                }
             if device is not None:
-                names = ("update",) if compiled else ("rollout", "update")  # remat concerns the update alone
+                names = ("update",) if by_compiler else ("rollout", "update")  # remat concerns the update alone
                 with compiling_for(device.platform) if compile_for in TOPOLOGIES else contextlib.nullcontext():
-                    programs, _ = _programs(varied, size, device)
+                    found, _ = programs(varied, size, _alone(device))
                     for name in names:
                         progress(f"{setting}: {name} by the compiler for {device.device_kind} ...")
                         start = time.perf_counter()
-                        total = resident + _compiled_bytes(programs[name](), device.platform)
+                        total = resident + compiled(*found[name], device.platform)[0]
                         progress(f"  {total / 2**30:.2f} GiB, in {time.perf_counter() - start:.0f} s")
-                        compiled[f"compiled_{name}"] = total
-                compiled["compiled_for"] = f"TPU {compile_for}"
-            yield Memory(setting, resident, **paper, **compiled)
+                        by_compiler[f"compiled_{name}"] = total
+                by_compiler["compiled_for"] = f"TPU {compile_for}"
+            yield Memory(setting, resident, **paper, **by_compiler)
 
 
-def _device(compile_for: str) -> Any:
+def devices_of(compile_for: str) -> list[Any]:
+    """The devices of ``compile_for``: those "here", or those of a topology, which need not be there.
+
+    Raises:
+      InputError: there is no compiler for them.
+    """
     if compile_for == "here":
-        return jax.devices()[0]
+        return jax.devices()
     from jax.experimental import topologies
 
     # Keeps libtpu from asking a metadata server, which only a TPU's machine has, what it runs on.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[compile_for]).devices[0]
+        return topologies.get_topology_desc(platform="tpu", topology_name=(TOPOLOGIES | SLICES)[compile_for]).devices
     except Exception as error:  # of many kinds, by what is missing
         first = str(error).partition("\n")[0]
         raise InputError(
@@ -208,50 +216,61 @@ def _device(compile_for: str) -> Any:
         ) from error
 
 
-def _programs(ready: Ready, size: Size, device: Any) -> tuple[dict[str, Callable[[], Any]], int]:
-    """``({name: traces the program}, resident bytes)`` of a run on ``device``."""
-    mesh = Mesh(np.array([[device]]), sharding.BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+def _alone(device: Any) -> Mesh:
+    return Mesh(np.array([[device]]), sharding.BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def programs(ready: Ready, size: Size, mesh: Mesh) -> tuple[dict[str, tuple[Any, tuple[Any, ...]]], int]:
+    """``({name: (program, shapes of its arguments)}, bytes on one device that are resident)`` of a run on ``mesh``."""
     config = ready.config
     parts = build(ready, random_model(config, size, shapes_only=True), mesh)
     model = parts.model
-    state = jax.eval_shape(parts.learner.init, model.params)
+    shapes = jax.eval_shape(parts.learner.init, model.params)
+    state = sharding.put_params(shapes, mesh, parts.sampler.rules)
+    state = dataclasses.replace(state, value=sharding.replicate(shapes.value, mesh))
     graphdef, vae = nnx.split(model.pipeline.vae)
     resident = _bytes((state, model.frozen, model.reference, vae)) + 4 * size.text_params
     context, n = (size.tokens, size.unet.cross_attention_dim), config.sample.batch_size
     key = jax.eval_shape(lambda: jax.random.key(0))
     sampled = _float(n, *context), key, _int(n), _int(n), _int()
-    batch = minibatch_shapes(config, model.pipeline.latent_shape, context)
+    minibatch = minibatch_shapes(config, model.pipeline.latent_shape, context)
     if parts.value is not None:
-        batch = ValuedMinibatch(**vars(batch), values=_float(*batch.steps.shape))
+        minibatch = ValuedMinibatch(**vars(minibatch), values=_float(*minibatch.steps.shape))
+    batch = jax.tree.map(lambda x: _split(x, mesh), minibatch)
     slice_size = decode_slice(model.pipeline.latent_shape, size.vae.factor)
 
     def decode(vae: Any, latents: Any) -> Any:
         return nnx.merge(graphdef, vae).decode(latents, slice_size=slice_size)
 
     return {
-        "rollout": lambda: parts.sampler.program.trace(state.params, model.frozen, parts.uncond, *sampled),
-        "decode": lambda: jax.jit(decode).trace(vae, _float(n, *model.pipeline.latent_shape)),
-        "update": lambda: parts.learner.update.trace(state, model.reference, model.frozen, parts.uncond, batch),
+        "rollout": (parts.sampler.program, (state.params, model.frozen, parts.uncond, *sampled)),
+        "decode": (jax.jit(decode), (vae, _float(n, *model.pipeline.latent_shape))),
+        "update": (parts.learner.update, (state, model.reference, model.frozen, parts.uncond, batch)),
     }, resident
 
 
-def _compiled_bytes(traced: Any, platform: str) -> int:
-    """Bytes that a compiled program takes besides its arguments; also where the compiler refuses it as too large."""
+def compiled(program: Any, args: tuple[Any, ...], platform: str) -> tuple[int, str]:
+    """``(bytes on one device besides the arguments, text)`` of a compiled program.
+
+    Where the compiler refuses it as too large there is no text.
+    """
     # The time of compilers goes into fast code, which this need not be: it will not run.
     options = {"xla_backend_optimization_level": 0} if platform == "cpu" else {}
     effort = "jax_exec_time_optimization_effort"
     before = getattr(jax.config, effort)
     jax.config.update(effort, -1.0)
     try:
-        analysis = traced.lower().compile(options).memory_analysis()
+        found = program.lower(*args).compile(options)
+        analysis = found.memory_analysis()
     except jax.errors.JaxRuntimeError as error:
         needed = refused_bytes(str(error))
         if needed is None:
             raise
-        return needed - _bytes(traced.jaxpr.in_avals)
+        return needed - _bytes(args), ""
     finally:
         jax.config.update(effort, before)
-    return analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    taken = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return taken, found.as_text()
 
 
 def refused_bytes(message: str) -> int | None:
@@ -278,5 +297,14 @@ def minibatch_shapes(config: ConfigDict, latent_shape: tuple[int, int, int], con
     )
 
 
-def _bytes(tree: Any) -> int:  # of arrays, or of what has a shape and a type
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def _split(x: jax.ShapeDtypeStruct, mesh: Mesh) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, sharding.BATCH))
+
+
+def _bytes(tree: Any) -> int:  # on one device, of arrays or of what has a shape, a type and perhaps a place
+    return sum(math.prod(_on_one(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _on_one(x: Any) -> tuple[int, ...]:
+    placed = getattr(x, "sharding", None)
+    return placed.shard_shape(x.shape) if isinstance(placed, NamedSharding) else x.shape

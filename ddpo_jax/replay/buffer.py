@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
+from absl import logging
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
@@ -30,7 +31,7 @@ class Buffer:
     def __init__(self, rule: types.ModuleType, config: ConfigDict, *, whole_groups: bool, num_devices: int):
         """Args:
         rule: a module of ``ddpo_jax.replay`` (``SOURCE`` and ``priority``), or the user's own.
-        config: the ``replay`` section: ``name``, ``k``, ``history`` and the options of the rule.
+        config: the ``replay`` section: ``name``, ``k``, ``history``, ``max_gib`` and the options of the rule.
         whole_groups: whether the samples of one draw of a prompt come back together or not at all.
         num_devices: of the run; ``k`` samples come back for each device.
 
@@ -82,7 +83,13 @@ class Buffer:
         return samples[chosen[: self.count]] if len(chosen) else None
 
     def add(self, current: ScoredSamples, epoch: int) -> None:
-        """Takes in the samples of ``epoch`` and drops those that the next epoch finds older than ``history``."""
+        """Takes in the samples of ``epoch`` and drops those that the next epoch finds older than ``history``.
+
+        What is held stays within ``max_gib``: whole epochs leave, the oldest first.
+
+        Raises:
+          InputError: the samples of this epoch alone are more than that.
+        """
         if self._source != "past":
             return
         self._epochs = [entry for entry in self._epochs if epoch - entry[0] < self._config.history]
@@ -90,6 +97,18 @@ class Buffer:
             return
         fields = {name: np.asarray(getattr(current, name), dtype) for name, dtype in _DTYPES.items()}
         self._epochs.append((epoch, ScoredSamples(**fields)))
+        while self.nbytes > self._config.max_gib * 2**30:
+            if len(self._epochs) == 1:
+                raise InputError(
+                    f"replay.max_gib: received {self._config.max_gib:g}; the samples of one epoch take "
+                    f"{self.nbytes / 2**30:.3g} GiB; allow more, or use replay.name=none"
+                )
+            dropped, _ = self._epochs.pop(0)
+            logging.log_first_n(
+                logging.WARNING,
+                "replay.max_gib=%g is full: epoch %d leaves the buffer before replay.history=%d",
+                *(1, self._config.max_gib, dropped, self._config.history),
+            )
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Everything that is needed to continue: of each field its values and its shape without the leading axis, and

@@ -54,6 +54,7 @@ class ImageSampler:
         codec: Codec,
         mesh: Mesh,
         weighting: Weighting | None = None,
+        rules: tuple[sharding.Rule, ...] = sharding.DEFAULT_RULES,
     ):
         """Args:
         policy: noise process, network and guidance.
@@ -62,9 +63,10 @@ class ImageSampler:
         codec: text encoder and decoder.
         mesh: of devices.
         weighting: timestep weights of a batch of trajectories, computed beside them; None is 1 for every step.
+        rules: by which parameters are split over the mesh.
         """
         self.policy, self.frozen, self.uncond, self.codec, self.mesh = policy, frozen, uncond, codec, mesh
-        self._weighting = weighting or _equal
+        self.rules, self._weighting = rules, weighting or _equal
         batch, whole = sharding.BATCH, P()
         trajectories = (whole, batch, whole, batch, batch, whole)
         self.program = self._compiled(self._trajectories, trajectories)  # with all arguments, for who wants its trace
@@ -142,7 +144,7 @@ class ImageSampler:
 
     def _compiled(self, function: Callable[..., Any], in_specs: tuple[P, ...]) -> Any:
         """``function(params, frozen, uncond, ...)`` with whole parameters and each device's own samples, compiled."""
-        return jax.jit(sharding.per_device(function, self.mesh, 2, in_specs, sharding.BATCH))
+        return jax.jit(sharding.per_device(function, self.mesh, 2, in_specs, sharding.BATCH, self.rules))
 
     def _trajectories(
         self,

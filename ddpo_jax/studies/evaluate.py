@@ -210,7 +210,7 @@ def evaluate(args: argparse.Namespace) -> str:
     sampler, key = make_sampler(model, config, mesh), jax.random.key(args.seed)
     tables, pictures = {}, []
     for label, params in zip(MODELS, (model.reference, model.params), strict=True):
-        placed = sharding.put_params(params, mesh)
+        placed = sharding.put_params(params, mesh, sampler.rules)
         tables[label], images = score_chunks(
             functools.partial(sampler.images, placed, key=key, batch_size=size),
             *(rewards, prompts, k, chunk, out / "chunks", label),

@@ -98,7 +98,8 @@ def measure(ready: Ready, plan: Plan) -> Table:
     prompt_fn = make_prompts(config.prompts, members.prompts)
     model = load_model(config)
     sampler = make_sampler(model, config, sharding.make_mesh(config.mesh.data, config.mesh.fsdp))
-    params, key = sharding.put_params(model.params, sampler.mesh), jax.random.key(config.seed)
+    params = sharding.put_params(model.params, sampler.mesh, sampler.rules)
+    key = jax.random.key(config.seed)
     steps, n = sampler.policy.transition.num_steps, plan.num_prompts * plan.repeats
     total = n * (steps + 1) * (X0 in plan.what) + n * steps * plan.branches * (BRANCH in plan.what)
     drawn, drawn_metadata = prompt_fn(generator(config.seed, 0, Stream.MEASURED_PROMPTS), plan.num_prompts)

@@ -140,7 +140,10 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     check_reward(reward, config, traits)
     prompt_fn = make_prompts(config.prompts, members.prompts)
 
+    rules = sharding.read_rules(config.mesh.rules)
     model = load_model(config) if model is None else model
+    shapes = {name: x.shape for name, x in (model.params | model.frozen).items()}
+    sharding.check_rules(rules, shapes, mesh.shape["fsdp"])
     sampler = make_sampler(model, config, mesh, functools.partial(weighting.weights, config=config.weighting))
     model.frozen = sampler.frozen
     policy = sampler.policy
@@ -154,6 +157,7 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
         mesh,
         config.train.microbatch_size,
         config.train.ema_decay,
+        rules,
     )
     value = None
     if traits.value_updates:
@@ -177,7 +181,7 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     collector = Collector(sampler, prompt_fn, runner, plan)
     replay = Buffer(members.replay, config.replay, whole_groups=traits.whole_groups, num_devices=mesh.size)
     needs_reference = bool(traits.terms & {"ref_log_prob", "kl", "noise_mse"})
-    model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh)
+    model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh, rules)
     evaluation = None
     if config.log.evaluate_every:
         others = {name: make_reward(*other_reward(config, name), there) for name in config.log.evaluate_also}
@@ -231,8 +235,9 @@ def make_sampler(model: Model, config: ConfigDict, mesh: Mesh, weighting: Weight
     uncond: Any = jnp.asarray(pipe.embed([""])[0])
     if _is_shape(model.params, model.frozen):
         uncond = jax.ShapeDtypeStruct(uncond.shape, uncond.dtype)
-    frozen, uncond = sharding.put_params(model.frozen, mesh), sharding.replicate(uncond, mesh)
-    return ImageSampler(policy, frozen, uncond, pipe, mesh, weighting)
+    rules = sharding.read_rules(config.mesh.rules)
+    frozen, uncond = sharding.put_params(model.frozen, mesh, rules), sharding.replicate(uncond, mesh)
+    return ImageSampler(policy, frozen, uncond, pipe, mesh, weighting, rules)
 
 
 def objective(algorithm: types.ModuleType, traits: Traits, config: ConfigDict) -> Objective:

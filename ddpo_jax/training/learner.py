@@ -116,6 +116,7 @@ class Learner:
         mesh: Mesh,
         microbatch_size: int,
         ema_decay: float = 0.0,
+        rules: tuple[sharding.Rule, ...] = sharding.DEFAULT_RULES,
     ):
         """Args:
         policy: noise process, network and guidance.
@@ -124,9 +125,10 @@ class Learner:
         mesh: of devices; samples are split over both of its axes.
         microbatch_size: samples per network call on one device.
         ema_decay: of the average of the parameters; 0 turns it off.
+        rules: by which parameters, optimizer state and averages are split over the mesh.
         """
         self._policy, self._objective, self._tx = policy, objective, tx
-        self._mesh, self._microbatch, self._ema_decay = mesh, microbatch_size, ema_decay
+        self._mesh, self._microbatch, self._ema_decay, self._rules = mesh, microbatch_size, ema_decay, rules
         self.update = jax.jit(self._update, donate_argnums=0)
         self.log_prob = jax.jit(self._log_prob)
 
@@ -136,11 +138,11 @@ class Learner:
         copies = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))  # one program, not one for every shape
 
         def copy() -> Params:
-            return sharding.put_params(copies(params), self._mesh)
+            return sharding.put_params(copies(params), self._mesh, self._rules)
 
         return TrainState(
             params=copy(),
-            opt_state=sharding.put_params(jax.jit(self._tx.init)(params), self._mesh),
+            opt_state=sharding.put_params(jax.jit(self._tx.init)(params), self._mesh, self._rules),
             ema=copy() if self._ema_decay else {},
             behaviour=copy() if self._objective.traits.refresh_every != 1 else {},
             step=sharding.replicate(jnp.int32(0), self._mesh),
@@ -150,9 +152,8 @@ class Learner:
         self, state: TrainState, reference: Params, frozen: Params, uncond: Array, batch: Minibatch
     ) -> tuple[TrainState, dict[str, Array]]:
         """One optimizer step on a minibatch: ``(state, metrics)``."""
-        grads, metrics = self._sharded(self._gradient, (sharding.param_specs(state.params, self._mesh), P()))(
-            state.params, reference, frozen, uncond, batch
-        )
+        split = sharding.param_specs(state.params, self._mesh, self._rules)
+        grads, metrics = self._sharded(self._gradient, (split, P()))(state.params, reference, frozen, uncond, batch)
         updates, opt_state = self._tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = optax.incremental_update(params, state.ema, 1 - self._ema_decay) if self._ema_decay else state.ema
@@ -171,7 +172,7 @@ class Learner:
 
     def _sharded(self, function: Callable[..., Any], out_specs: Any) -> Callable[..., Any]:
         """``function(params, reference, frozen, uncond, batch)`` on every device's own samples and whole parameters."""
-        return sharding.per_device(function, self._mesh, 3, (P(), sharding.BATCH), out_specs)
+        return sharding.per_device(function, self._mesh, 3, (P(), sharding.BATCH), out_specs, self._rules)
 
     def _gradient(
         self, params: Params, reference: Params, frozen: Params, uncond: Array, batch: Minibatch
@@ -225,7 +226,7 @@ class Learner:
 
         out = {name: value.over(sharding.BATCH_AXES).compute() for name, value in stats.items()}
         out["loss"] = jax.lax.psum(total, sharding.BATCH_AXES) if traits.separable else loss
-        return sharding.scatter_grads(grads, sharding.param_specs(params, self._mesh)), out
+        return sharding.scatter_grads(grads, sharding.param_specs(params, self._mesh, self._rules)), out
 
     def _coefficients(self, terms: StepTerms, data: Batch, parts: Parts) -> tuple[Array, StepTerms]:
         """Loss and dL/dterms [n, S] of this device's samples, for a loss that needs the terms of all samples.

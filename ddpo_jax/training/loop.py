@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+import jax
 from absl import logging
 
 from ddpo_jax import sharding
@@ -15,6 +16,7 @@ from ddpo_jax.rollout.scoring import RewardError
 from ddpo_jax.training.build import build, describe
 from ddpo_jax.training.epoch import branch_step, refresh, update
 from ddpo_jax.training.state import restore, save, show_fixed
+from ddpo_jax.training.watch import Watch
 from ddpo_jax.workdir import checkpoint, metrics
 from ddpo_jax.workdir.folder import Signals, finish, refuse_other_run
 from ddpo_jax.workdir.lock import Lock
@@ -43,7 +45,7 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
     saver = checkpoint.Checkpointer(workdir, config.checkpoint.every, config.checkpoint.keep)
     with Signals(parts.reward.waits_for) as signals, saver, parts.reward:
         if parts.evaluation:  # before ``restore``, which frees the untrained parameters
-            parts.evaluation.start(sharding.put_params(parts.model.params, parts.mesh))
+            parts.evaluation.start(sharding.put_params(parts.model.params, parts.mesh, parts.sampler.rules))
         state, start = restore(saver, parts, stats)
         if start >= config.num_epochs:
             logging.info(
@@ -53,17 +55,19 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
         logging.info("%s", describe(parts, config))
         for doubt in doubts(config, parts.traits):
             logging.warning("%s", doubt)
+        watch = Watch(workdir, config.log, parts.reward.waits_for)
         tracker = Tracker(workdir, config.log.wandb, config) if config.log.wandb else None
-        with metrics.Writer(workdir, start, tracker) as writer:
+        with metrics.Writer(workdir, start, tracker) as writer, watch:
             progress = metrics.Progress(config.num_epochs, start)
             if start == 0:
                 show_fixed(writer, parts, config, state, 0)
             for epoch in range(start, config.num_epochs):
                 if signals.received:  # before the first epoch began
                     raise Interrupted(signals.received, f"stopped before epoch {epoch}; the same command goes on there")
-                with signals.stoppable():
+                with signals.stoppable(), watch.epoch(epoch):
                     try:
                         progress.phase("sampling")
+                        watch.stage("sampling")
                         state, behaviour = refresh(state, parts.traits, epoch)
                         branch = branch_step(parts, config, epoch)
                         rollout = parts.collector.collect(epoch, behaviour, branch)
@@ -74,10 +78,15 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
                             f"epoch {epoch}: {error}; the epochs before are saved, the same command goes on from here"
                         ) from error
                     progress.phase("updating")
-                    state, row = update(parts, config, state, stats, rollout, epoch)
+                    watch.stage("updating")
+                    # In the hot loop only that goes to the devices which is put there; anything else would wait for them.
+                    with jax.transfer_guard_host_to_device("disallow"):
+                        state, row = update(parts, config, state, stats, rollout, epoch)
                     if parts.evaluation:
                         row |= parts.evaluation.after(epoch + 1, config.num_epochs, state.params)
+                watch.stage("writing")
                 lock.check()
+                row |= watch.row(len(rollout.prompts))
                 row = {"epoch": epoch, "reward_queries": (epoch + 1) * len(rollout.prompts)} | row
                 writer.write(row)
                 if config.log.images_every and epoch % config.log.images_every == 0:
@@ -86,6 +95,7 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
                 last = epoch + 1 == config.num_epochs
                 if last:  # before the save: a process that is killed here draws them when it resumes
                     show_fixed(writer, parts, config, state, epoch + 1)
+                watch.stage("saving")
                 save(saver, parts, state, stats, epoch + 1, row["reward/mean"], force=last or signals.received > 0)
                 progress.update(row)
                 if signals.received:

@@ -116,6 +116,8 @@ def file_to_write(text: PathLike, flag: str) -> pathlib.Path:
 
 @contextlib.contextmanager
 def _refusing(text: PathLike, flag: str, fix: str) -> Iterator[None]:
+    if "://" in os.fspath(text):
+        raise InputError(f"{flag}: received '{text}'; it is an address, and files are written to folders; {fix}")
     try:
         yield
     except InputError:

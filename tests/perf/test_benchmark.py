@@ -76,7 +76,7 @@ def test_memory_only_counts_what_is_resident_and_prints_a_table(sizes, capsys, m
 def test_memory_only_compiles_a_rollout_once_for_both_kinds_of_remat(sizes, capsys, monkeypatch):
     monkeypatch.setitem(SIZES, "tiny", dataclasses.replace(TINY, unet=tiny.SMALLEST_UNET))
     made = iter(range(1, 100))
-    monkeypatch.setattr(capacity, "_compiled_bytes", lambda traced, platform: next(made) * 2**30)
+    monkeypatch.setattr(capacity, "compiled", lambda program, args, platform: (next(made) * 2**30, ""))
     monkeypatch.setattr(capacity, "paper_bytes", lambda traced: 0)
     assert command(*FEW, "--memory-only", "--compile-for=here") == 0
     rows = json.loads(capsys.readouterr().out)["rows"]

@@ -32,7 +32,7 @@ def samples(epoch, advantages, per_group=1):
 
 
 def section(name="hard", k=2, history=3, **own):
-    return ConfigDict({"name": name, "k": k, "history": history, **own})
+    return ConfigDict({"name": name, "k": k, "history": history, "max_gib": 1.0, **own})
 
 
 def buffer(name="hard", *, k=2, history=3, whole_groups=False, num_devices=1):
@@ -158,6 +158,21 @@ def test_bytes_are_those_of_the_arrays():
     ours.add(samples(0, [1.0, 2.0]), 0)
     # latents 4*2*2*1, log_prob + weights + mask 3 * 3, context 2*3, reward and advantage as f32; two ids of 8 bytes
     assert ours.nbytes == 2 * (4 * (16 + 9 + 6 + 2) + 16)
+
+
+def test_the_oldest_epochs_leave_a_full_buffer_first():
+    sample = 4 * (16 + 9 + 6 + 2) + 16  # bytes, as above
+    options = section("hard", k=9, history=9, max_gib=7 * sample / 2**30)
+    ours = Buffer(find.find("replay", "hard"), options, whole_groups=False, num_devices=1)
+    for epoch, count in enumerate([2, 2, 3]):  # seven samples fill it
+        ours.add(samples(epoch, np.arange(1.0, count + 1)), epoch)
+    assert len(ours) == 7 and ours.nbytes == 7 * sample
+    ours.add(samples(3, [9.0]), 3)  # one more: epoch 0 leaves whole, and the largest advantages do not matter
+    assert picked(ours.retrieve(samples(4, [0.0]), 4, rng())) == [(3, 0), (2, 2), (1, 1), (2, 1), (1, 0), (2, 0)]
+    ours.add(samples(4, np.ones(7)), 4)
+    assert len(ours) == 7 and ours.nbytes == 7 * sample
+    with pytest.raises(ValueError, match=r"replay\.max_gib: received .*the samples of one epoch take .*; allow more"):
+        ours.add(samples(5, np.ones(8)), 5)
 
 
 def own_rule(priority, **fields):
