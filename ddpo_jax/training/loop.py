@@ -79,7 +79,7 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
                         ) from error
                     progress.phase("updating")
                     watch.stage("updating")
-                    # In the hot loop only that goes to the devices which is put there; anything else would wait for them.
+                    # Only what is put on the devices on purpose goes there; anything else would wait for them.
                     with jax.transfer_guard_host_to_device("disallow"):
                         state, row = update(parts, config, state, stats, rollout, epoch)
                     if parts.evaluation:
