@@ -12,11 +12,15 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from ddpo_jax import sharding
+from ddpo_jax.hosts import rows as hosts
+from ddpo_jax.hosts.exchange import gather
 from ddpo_jax.ops import random
 from ddpo_jax.ops.random import Stream
+from ddpo_jax.rollout import everywhere
 from ddpo_jax.rollout.sampler import ImageSampler
 from ddpo_jax.rollout.scoring import PendingReward, RewardRunner
-from ddpo_jax.types import Params, Trajectory
+from ddpo_jax.types import HostArray, Params, Trajectory
 
 PromptFn = Callable[[np.random.Generator, int], tuple[list[str], list[dict[str, Any]]]]
 
@@ -47,17 +51,17 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One epoch's samples and their rewards, on the host."""
+    """One epoch's samples and their rewards, on the hosts."""
 
-    latents: Float[np.ndarray, "N T1 h w c"]  # latents[:, 0] is the initial noise, latents[:, T] is decoded
+    latents: Float[HostArray, "N T1 h w c"]  # latents[:, 0] is the initial noise, latents[:, T] is decoded
     log_prob: Float[np.ndarray, "N T"]  # of latents[:, t + 1] given latents[:, t], under the policy that sampled it
     weights: Float[np.ndarray, "N T"]  # timestep weights, up to a factor for each trajectory
     branch_step: int  # the samples of a prompt share the steps before this one
     prompts: list[str]
-    context: Float[np.ndarray, "N L D"]  # prompt embeddings
+    context: Float[HostArray, "N L D"]  # prompt embeddings
     prompt_ids: Int[np.ndarray, " N"]  # 63-bit hash of the prompt
     group_ids: Int[np.ndarray, " N"]  # equal for the K samples of one draw of a prompt
-    images: UInt8[np.ndarray, "N H W 3"]
+    images: UInt8[HostArray, "N H W 3"]
     rewards: Float[np.ndarray, " N"]
     parts: dict[str, Float[np.ndarray, " N"]]  # of the reward; NaN where a part does not apply
     rollout_s: float  # wall time until the last image was on the host
@@ -95,33 +99,33 @@ class Collector:
         metadata = [entry for entry in described for _ in range(k)]
         drawn: list[tuple[Trajectory, Array]] = []
         images: list[Array] = []
-        pending: list[PendingReward] = []
-        for first in range(0, n, plan.batch_size):
-            rows = slice(first, first + plan.batch_size)
-            ids = np.arange(rows.start, rows.stop, dtype=np.int32)
+        pending: list[PendingReward | None] = []
+        for ids in hosts.batches(n, plan.batch_size):
+            texts, entries = [prompts[i] for i in ids], [metadata[i] for i in ids]
             roots = ids // k * k if branch_step or plan.shared_noise else ids
-            drawn.append(self._sampler.trajectories(params, prompts[rows], ids, key, roots, branch_step))
-            images.append(self._sampler.decode(drawn[-1][0].latents[:, -1]))
-            pending.append(self._reward.submit(images[-1], prompts[rows], metadata[rows]))
+            batch = self._sampler.trajectories(params, texts, ids, key, roots, branch_step)
+            decoded = self._sampler.decode(batch[0].latents[:, -1])
+            pending.append(everywhere.submit(self._reward, decoded, texts, entries))
+            drawn.append(sharding.own(batch))
+            images.append(sharding.own(decoded))
         shown = np.concatenate([np.asarray(batch) for batch in images])
         sampled = time.perf_counter()
-        scores = [batch.result() for batch in pending]
+        rewards, parts = everywhere.collected(pending, hosts.batches(n, plan.batch_size))
         scored = time.perf_counter()
         trajectories, weights = jax.tree.map(lambda *batches: np.concatenate(batches), *jax.device_get(drawn))
-        part_names = dict.fromkeys(name for _, parts in scores for name in parts)
-        nothing = np.full(plan.batch_size, np.nan, np.float32)
+        log_prob, weights = map(np.concatenate, zip(*gather((trajectories.log_prob, weights)), strict=True))
         return Rollout(
-            latents=trajectories.latents,
-            log_prob=trajectories.log_prob,
+            latents=hosts.spread(trajectories.latents),
+            log_prob=log_prob,
             weights=weights,
             branch_step=branch_step,
             prompts=prompts,
-            context=self._sampler.codec.embed(prompts),
+            context=hosts.spread(self._sampler.codec.embed(prompts[hosts.own(n)])),
             prompt_ids=np.asarray([prompt_id(prompt) for prompt in prompts], np.int64),
             group_ids=(np.int64(epoch) << 32) + np.arange(n) // k,
-            images=shown,
-            rewards=np.concatenate([score for score, _ in scores]).astype(np.float32),
-            parts={name: np.concatenate([parts.get(name, nothing) for _, parts in scores]) for name in part_names},
+            images=hosts.spread(shown),
+            rewards=rewards,
+            parts=parts,
             rollout_s=sampled - start,
             reward_s=scored - sampled,
         )

@@ -102,7 +102,8 @@ class RewardRunner:
 
     def __init__(self, fn: RewardFn, *, name: str = "reward", wait_s: float = math.inf):
         self._fn, self._name = fn, name
-        self._wait_s = math.inf if getattr(fn, "waits_for_others", False) else wait_s
+        self.waits_for_others = getattr(fn, "waits_for_others", False)
+        self._wait_s = math.inf if self.waits_for_others else wait_s
         self._queue: queue.SimpleQueue[PendingReward | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False

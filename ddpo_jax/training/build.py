@@ -26,9 +26,10 @@ from ddpo_jax.models import lora, pipeline
 from ddpo_jax.models.functional import functional
 from ddpo_jax.prompts import make_prompts
 from ddpo_jax.replay.buffer import Buffer
+from ddpo_jax.rollout import everywhere
 from ddpo_jax.rollout.collector import Collector, Plan
 from ddpo_jax.rollout.sampler import ImageSampler, Weighting
-from ddpo_jax.rollout.scoring import RewardRunner, make_reward
+from ddpo_jax.rollout.scoring import RewardRunner
 from ddpo_jax.training.evaluation import Evaluation
 from ddpo_jax.training.learner import Learner, Objective, TrainState, make_optimizer
 from ddpo_jax.training.value import ValueLearner
@@ -130,7 +131,7 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     """
     config, members = ready.config, ready.members
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp) if mesh is None else mesh
-    reward = make_reward(config.reward, members.reward)
+    reward = everywhere.make(config.reward, members.reward)
     prompt_fn = make_prompts(config.prompts, members.prompts)
     algorithm, weighting, traits = members.algorithm, members.weighting, members.traits(config)
 
@@ -174,7 +175,7 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh)
     evaluation = None
     if config.log.evaluate_every:
-        others = {name: make_reward(*other_reward(config, name)) for name in config.log.evaluate_also}
+        others = {name: everywhere.make(*other_reward(config, name)) for name in config.log.evaluate_also}
         rewards = {"reward": reward} | others
         sizes = config.log.evaluate_images, config.sample.batch_size, config.log.evaluate_every
         evaluation = Evaluation(sampler, prompt_fn, rewards, *sizes)
@@ -224,6 +225,8 @@ def describe(parts: Parts, config: ConfigDict) -> str:
 
     table = parameter_overview.get_parameter_overview(parts.model.params, include_stats=False, max_lines=12)
     devices = f"{parts.mesh.size} x {jax.devices()[0].device_kind}"
+    if jax.process_count() > 1:
+        devices += f" of {jax.process_count()} processes"
     chosen: dict[str, Any] = {
         "model": config.model,
         "devices": devices,

@@ -1,0 +1,117 @@
+"""Which processes belong together, read from what a launcher puts into the environment. Loads no JAX.
+
+The first of these that is there decides:
+
+1. ``NNODES=1``: this process is alone, whatever else is set.
+2. ``JAX_COORDINATOR_IP`` with ``NNODES`` and ``NODE_RANK`` (``JAX_COORDINATOR_PORT``, 8476 by default): as it says.
+3. A TPU host: JAX asks the machine for the other hosts of the slice.
+4. SkyPilot: ``SKYPILOT_NODE_IPS`` and ``SKYPILOT_NODE_RANK``.
+5. A Kubernetes JobSet: ``JOBSET_NAME``, ``REPLICATED_JOB_NAME``, ``NNODES`` and ``JOB_COMPLETION_INDEX``.
+6. Slurm, inside ``srun`` with several tasks: JAX reads its variables; a task gets one GPU.
+
+``DDPO_WAIT_S`` (300) is how long a process waits for all others to arrive, ``DDPO_SILENCE_S`` (100) how long one may
+give no sign of life before the others end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from ddpo_jax.errors import InputError
+
+PORT = "8476"  # of the coordinator, which runs in process 0
+WAIT, SILENCE = "DDPO_WAIT_S", "DDPO_SILENCE_S"
+WAIT_S, SILENCE_S = 300, 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A run of several processes.
+
+    Attributes:
+      said_by: the variables or the system that says so, for messages.
+      arguments: of ``jax.distributed.initialize``; what is left out JAX finds out itself.
+      wait_s: seconds that a process waits for all others to arrive.
+      silence_s: seconds without a sign of life after which a process is taken for dead.
+    """
+
+    said_by: str
+    arguments: dict[str, Any]
+    wait_s: int = WAIT_S
+    silence_s: int = SILENCE_S
+
+
+def read(environment: Mapping[str, str], tpu_host: bool = False) -> Launch | None:
+    """The run that this process is a part of; None if it is alone.
+
+    Args:
+      environment: variables.
+      tpu_host: whether this machine has TPUs and JAX is to use them.
+
+    Raises:
+      InputError: a variable is missing or is not what it should be.
+    """
+    found = _read(environment, tpu_host)
+    if found is None:
+        return None
+    wait_s = _whole(environment, WAIT, least=1) if WAIT in environment else WAIT_S
+    silence_s = _whole(environment, SILENCE, least=1) if SILENCE in environment else SILENCE_S
+    return dataclasses.replace(found, wait_s=wait_s, silence_s=silence_s)
+
+
+def _read(environment: Mapping[str, str], tpu_host: bool) -> Launch | None:
+    if environment.get("NNODES") == "1":
+        return None
+    port = environment.get("JAX_COORDINATOR_PORT", PORT)
+    if "JAX_COORDINATOR_IP" in environment:
+        return _explicit(
+            "JAX_COORDINATOR_IP",
+            f"{_host(environment['JAX_COORDINATOR_IP'])}:{port}",
+            _whole(environment, "NNODES", least=1),
+            _whole(environment, "NODE_RANK"),
+        )
+    if tpu_host:
+        return Launch("the TPU host", {})
+    if "SKYPILOT_NODE_IPS" in environment:
+        addresses = environment["SKYPILOT_NODE_IPS"].split()
+        address = f"{_host(addresses[0])}:{port}" if addresses else ""
+        return _explicit("SKYPILOT_NODE_IPS", address, len(addresses), _whole(environment, "SKYPILOT_NODE_RANK"))
+    if "JOBSET_NAME" in environment and "JOB_COMPLETION_INDEX" in environment:
+        jobset, job = environment["JOBSET_NAME"], _text(environment, "REPLICATED_JOB_NAME")
+        processes, rank = _whole(environment, "NNODES", least=1), _whole(environment, "JOB_COMPLETION_INDEX")
+        return _explicit("JOBSET_NAME", f"{jobset}-{job}-0-0.{jobset}:{port}", processes, rank)
+    if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= environment.keys():
+        if _whole(environment, "SLURM_NTASKS", least=1) > 1:
+            return Launch("Slurm", {"cluster_detection_method": "slurm"})
+    return None
+
+
+def _explicit(said_by: str, address: str, processes: int, rank: int) -> Launch | None:
+    if processes <= 1:
+        return None
+    if rank >= processes:
+        raise InputError(f"{said_by}: received rank {rank} of {processes} processes; ranks are 0 to {processes - 1}")
+    arguments = {"coordinator_address": address, "num_processes": processes, "process_id": rank}
+    return Launch(said_by, arguments | {"cluster_detection_method": "deactivate"})
+
+
+def _host(address: str) -> str:
+    """An IPv6 address in brackets, so that a port can follow; anything else as it is."""
+    return f"[{address}]" if address.count(":") > 1 and not address.startswith("[") else address
+
+
+def _text(environment: Mapping[str, str], name: str) -> str:
+    if not environment.get(name):
+        raise InputError(
+            f"{name}: received nothing; a run of several processes needs it; set it in each of them"
+        )
+    return environment[name]
+
+
+def _whole(environment: Mapping[str, str], name: str, least: int = 0) -> int:
+    text = _text(environment, name)
+    if not (text.isascii() and text.isdecimal()) or len(text) > 9 or int(text) < least:
+        raise InputError(f"{name}: received {text!r}; it must be a whole number of at least {least}; correct it")
+    return int(text)

@@ -1,0 +1,114 @@
+"""A reward on many hosts: each process scores its own images, and all learn all scores.
+
+A reward that waits for others (people, a server: ``waits_for_others``) is in one place: process 0 alone makes it and
+asks it for everyone's images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Float32, Int, UInt8
+from ml_collections import ConfigDict
+
+from ddpo_jax import sharding
+from ddpo_jax.errors import InputError
+from ddpo_jax.hosts.exchange import gather, is_first, together
+from ddpo_jax.hosts.rows import own
+from ddpo_jax.rewards._shared.check import Parts, RewardError, RewardFn, call
+from ddpo_jax.rollout.scoring import PendingReward, RewardRunner, make_reward
+
+Scored = tuple[Any, np.ndarray, Parts]  # rows of a batch, their scores and parts
+
+
+class Elsewhere:
+    """What stands for a reward that is in process 0; never called."""
+
+    waits_for_others = True
+
+    def __call__(self, *_: Any) -> Any:
+        """Nothing to call here."""
+        raise RewardError("this reward is in process 0")
+
+
+def make(config: ConfigDict, member: Any) -> RewardFn:
+    """``scoring.make_reward`` in every process that is to have it.
+
+    Raises:
+      InputError: as ``make_reward``, in all processes if in one.
+    """
+    fn: Any = None
+    with together(InputError):
+        fn = make_reward(config, member) if is_first() else None
+    if not gather(getattr(fn, "waits_for_others", False))[0]:
+        with together(InputError):
+            fn = make_reward(config, member) if fn is None else fn
+    return Elsewhere() if fn is None else fn
+
+
+def submit(
+    runner: RewardRunner, images: jax.Array, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> PendingReward | None:
+    """Starts scoring this process's part of a batch on the devices, if it has one, and returns at once."""
+    if not runner.waits_for_others:
+        rows = own(len(prompts))
+        return runner.submit(sharding.own(images), prompts[rows], metadata[rows])
+    images = sharding.whole(images)
+    return runner.submit(images, prompts, metadata) if is_first() else None
+
+
+def collected(
+    pending: Sequence[PendingReward | None], batches: Sequence[Int[np.ndarray, " B"]]
+) -> tuple[Float32[np.ndarray, " N"], Parts]:
+    """Waits for what ``submit`` started, everywhere: (scores f32[N], parts f32[N] each).
+
+    Args:
+      pending: by batch.
+      batches: the numbers of each batch's samples, of 0 to N - 1; N over all of them.
+
+    Raises:
+      RewardError: they could not be had, in some process.
+    """
+    found: list[Scored] = []
+    with together(RewardError):
+        for ids, batch in zip(batches, pending, strict=True):
+            if batch is not None:
+                scores, parts = batch.result()
+                found.append((ids if len(scores) == len(ids) else ids[own(len(ids))], scores, parts))
+    return _merged(found, sum(map(len, batches)))
+
+
+def score(
+    fn: RewardFn,
+    images: UInt8[np.ndarray, "N H W 3"],
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]],
+    name: str,
+) -> tuple[Float32[np.ndarray, " N"], Parts]:
+    """(scores f32[N], parts f32[N] each) of images that every process has; each scores a part of them.
+
+    Raises:
+      RewardError: they could not be had, in some process.
+    """
+    part = np.array_split(np.arange(len(images)), jax.process_count())[jax.process_index()]
+    rows = slice(part[0], part[-1] + 1) if len(part) else slice(0, 0)
+    if getattr(fn, "waits_for_others", False):
+        rows = slice(0, len(images) if is_first() else 0)
+    found: list[Scored] = []
+    with together(RewardError):
+        if rows.stop:
+            found.append((rows, *call(fn, images[rows], prompts[rows], metadata[rows], name)))
+    return _merged(found, len(images))
+
+
+def _merged(found: list[Scored], n: int) -> tuple[Float32[np.ndarray, " N"], Parts]:
+    """The scores and parts of all processes, by row; a part is NaN where nothing says it."""
+    scores, everything = np.zeros(n, np.float32), Parts()
+    for rows, values, parts in (entry for entries in gather(found) for entry in entries):
+        scores[rows] = values
+        for name, numbers in parts.items():
+            everything.setdefault(name, np.full(n, np.nan, np.float32))[rows] = numbers
+    return scores, everything

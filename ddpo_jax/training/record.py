@@ -1,0 +1,81 @@
+"""What a run writes for people: rows of metrics, pictures, progress. Process 0 writes it for all."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ddpo_jax.errors import InputError, RunFailure
+from ddpo_jax.hosts import exchange
+from ddpo_jax.workdir import metrics
+from ddpo_jax.workdir.lock import Lock
+
+
+class Record:
+    """The writer of a run's metrics and its progress; in other processes than the first it writes nothing.
+
+    All processes call its methods at the same point: what cannot be written ends them all.
+
+    Args:
+      workdir: folder of the run.
+      lock: of that folder, in process 0.
+      start: the first epoch that is written.
+      num_epochs: of the whole run.
+
+    Raises:
+      InputError: what earlier epochs wrote cannot be read.
+      RunFailure: as everywhere here, something cannot be written.
+    """
+
+    def __init__(self, workdir: pathlib.Path, lock: Lock | None, start: int, num_epochs: int):
+        self._lock, self._writer, self._progress = lock, None, None
+        with exchange.together(InputError, RunFailure):
+            if exchange.is_first():
+                self._writer = metrics.Writer(workdir, start)
+                self._progress = metrics.Progress(num_epochs, start)
+
+    def phase(self, name: str) -> None:
+        """Says what the epoch is at, on a terminal."""
+        if self._progress is not None:
+            self._progress.phase(name)
+
+    def row(self, row: Mapping[str, Any]) -> None:
+        """Appends the metrics of an epoch, if the folder is still this run's."""
+
+        def write(writer: metrics.Writer) -> None:
+            if self._lock is not None:
+                self._lock.check()
+            writer.write(row)
+
+        self._write(write)
+
+    def images(self, epoch: int, images: np.ndarray, prompts: Sequence[str], rewards: np.ndarray) -> None:
+        """Writes an epoch's grid of images."""
+        self._write(lambda writer: writer.images(epoch, images, prompts, rewards))
+
+    def fixed(self, epochs: int, images: np.ndarray, prompts: Sequence[str]) -> None:
+        """Writes what the policy after ``epochs`` epochs makes of the run's fixed prompts."""
+        self._write(lambda writer: writer.fixed(epochs, images, prompts))
+
+    def done(self, row: Mapping[str, Any]) -> None:
+        """One more epoch is done."""
+        if self._progress is not None:
+            self._progress.update(row)
+
+    def _write(self, write: Callable[[metrics.Writer], Any]) -> None:
+        with exchange.together(RunFailure):
+            if self._writer is not None:
+                write(self._writer)
+
+    def __enter__(self) -> Record:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        if self._progress is not None and error is None:
+            self._progress.close()
