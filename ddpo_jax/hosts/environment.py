@@ -104,9 +104,7 @@ def _host(address: str) -> str:
 
 def _text(environment: Mapping[str, str], name: str) -> str:
     if not environment.get(name):
-        raise InputError(
-            f"{name}: received nothing; a run of several processes needs it; set it in each of them"
-        )
+        raise InputError(f"{name}: received nothing; a run of several processes needs it; set it in each of them")
     return environment[name]
 
 

@@ -40,8 +40,9 @@ def train(ready: Ready, workdir: pathlib.Path) -> None:
             if exchange.is_first():
                 lock = stack.enter_context(Lock(workdir))
                 refuse_other_run(ready.config, workdir)
-        if _train(ready, workdir, lock) and exchange.is_first():
-            finish(workdir)
+        with exchange.others_alive():
+            if _train(ready, workdir, lock) and exchange.is_first():
+                finish(workdir)
 
 
 def _train(ready: Ready, workdir: pathlib.Path, lock: Lock | None) -> bool:

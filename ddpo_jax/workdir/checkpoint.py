@@ -301,9 +301,11 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not _of_all(error):
+            return  # to wait for processes that are gone, or go on without this one, may take for ever
         try:
             try:
-                if error is not None and self._held is not None and _of_all(error):
+                if error is not None and self._held is not None:
                     with self._writing():
                         self._make_again()
                         epoch, copies, reward = self._held

@@ -1,8 +1,8 @@
 """A reward that does something else on given calls, as ``tiny_reward:reward``: to fail, to signal, to kill its process.
 
 ``actions`` maps the number of the call to a function of images and prompts whose result is returned. A subprocess takes
-the call on which it kills itself as ``TINY_KILL_AT``, in which it hangs as ``TINY_HANG_AT``, and which takes three
-seconds as ``TINY_SLEEP_AT``.
+the call on which it kills itself as ``TINY_KILL_AT``, in which it hangs as ``TINY_HANG_AT``, fails as
+``TINY_FAIL_AT``, and which takes three seconds as ``TINY_SLEEP_AT``.
 """
 
 import os
@@ -31,13 +31,18 @@ def hang(images, prompts):
     time.sleep(3600)
 
 
+def fail(images, prompts):
+    raise OSError("no service")
+
+
 def sleep(images, prompts):
     """Takes its time."""
     time.sleep(3)
     return scores(images, prompts)
 
 
-for variable, action in (("TINY_KILL_AT", kill), ("TINY_HANG_AT", hang), ("TINY_SLEEP_AT", sleep)):
+ACTIONS = {"TINY_KILL_AT": kill, "TINY_HANG_AT": hang, "TINY_FAIL_AT": fail, "TINY_SLEEP_AT": sleep}
+for variable, action in ACTIONS.items():
     if variable in os.environ:
         actions[int(os.environ[variable])] = action
 

@@ -1,7 +1,7 @@
 """Runs of several processes on this machine: the numbers of one process, checkpoints, signals, and hosts that vanish."""
 
-import contextlib
-import json
+import pathlib
+import shutil
 import signal
 import socket
 import time
@@ -139,3 +139,95 @@ def test_two_processes_give_the_numbers_of_one(pair, alone):
     assert {path.name for path in workdir.iterdir()} == {path.name for path in alone.iterdir()} | {
         path.name for path in workdir.glob("events*")
     } - {path.name for path in alone.glob("events*")}
+
+
+def copied(workdir, folder):
+    """A copy of a run, to go on with."""
+    return pathlib.Path(shutil.copytree(workdir, folder / workdir.name))
+
+
+def test_another_number_of_processes_goes_on(starter, command, pair, alone, tmp_path):
+    """What two wrote, one goes on with; what one wrote, two. Both then have the numbers of one that went on alone."""
+    third = {"num_epochs": 3}
+    expected = copied(alone, tmp_path)
+    run(starter, command(expected, **third), 1)
+    (tmp_path / "other").mkdir()
+    for workdir, processes in ((copied(pair[0], tmp_path), 1), (copied(alone, tmp_path / "other"), 2)):
+        run(starter, command(workdir, **third), processes)
+        assert_same_rows(workdir, expected)
+        assert_same_state(workdir, expected, 3)
+
+
+@pytest.mark.slow
+def test_four_processes_write_and_one_or_eight_devices_go_on(starter, command, alone, tmp_path, monkeypatch):
+    written = tmp_path / "four"
+    run(starter, command(written, **{"mesh.fsdp": 4}), 4)
+    assert_same_rows(written, alone)
+    assert_same_state(written, alone)
+    for devices in (4, 8):
+        monkeypatch.setattr(f"{__name__}.DEVICES", devices)
+        (tmp_path / str(devices)).mkdir()
+        found, expected = (copied(workdir, tmp_path / str(devices)) for workdir in (written, alone))
+        for workdir in (found, expected):
+            run(starter, command(workdir, num_epochs=3), 1)
+        assert_same_rows(found, expected)
+        assert_same_state(found, expected, 3)
+
+
+def test_a_process_that_dies_ends_the_others_and_nothing_is_lost(starter, command, pair, alone, tmp_path):
+    """Process 1 is killed in the second epoch: process 0 ends within the silence that is allowed, and says why."""
+    workdir, silence = tmp_path / "run", {"DDPO_SILENCE_S": "10"}
+    kill = {0: silence, 1: silence | {"TINY_KILL_AT": "2"}}
+    first, second = start(starter, command(workdir), 2, environment=kill)
+    assert second.wait(120) == -signal.SIGKILL
+    died = time.monotonic()
+    assert first.wait(40) == 1
+    assert time.monotonic() - died < 30
+    assert len(first.lines()) == 1 and "another process" in first.lines()[0], first.output
+    assert [row["epoch"] for row in rows(workdir)] == [0]
+    run(starter, command(workdir), 2)
+    assert_same_rows(workdir, alone)
+
+
+def test_a_signal_to_one_stops_all_after_the_same_epoch(starter, command, pair, tmp_path):
+    runs = start(starter, command(tmp_path / "run", num_epochs=500), 2)
+    runs[0].wait_for("epoch 1/500")
+    runs[1].signal(signal.SIGTERM)
+    assert [run.wait(60) for run in runs] == [128 + signal.SIGTERM] * 2
+    last = rows(tmp_path / "run")[-1]["epoch"]
+    for each in runs:
+        assert f"stopped after epoch {last}; the same command goes on from there" in each.output
+    assert (tmp_path / "run" / "checkpoints" / str(last + 1)).is_dir()
+
+
+def test_what_one_process_fails_at_ends_all(starter, command, pair, tmp_path):
+    runs = start(starter, command(tmp_path / "run"), 2, environment={1: {"TINY_FAIL_AT": "2"}})
+    assert [run.wait(120) for run in runs] == [1, 1]
+    for each in runs:
+        (line,) = each.lines()
+        assert line.startswith("error: epoch 1: process 1: reward 'tiny_reward:reward' raised OSError"), line
+
+
+def test_processes_started_differently_are_refused(starter, command, pair, tmp_path):
+    """The numbers would be of no run at all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    variables = {"JAX_COORDINATOR_IP": "127.0.0.1", "JAX_COORDINATOR_PORT": port, "NNODES": "2"}
+    variables["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    runs = [starter.start(command(tmp_path / "run", seed=seed), **variables, NODE_RANK=str(seed)) for seed in (0, 1)]
+    assert [run.wait(60) for run in runs] == [2, 2]
+    for each in runs:
+        (line,) = each.lines()
+        assert "process 1 was started with another than process 0" in line and '"seed": 1' in line
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("absent", [0, 1])
+def test_a_process_that_does_not_come_is_said(starter, command, absent, tmp_path):
+    wait = {0: {"DDPO_WAIT_S": "4"}, 1: {"DDPO_WAIT_S": "4"}}
+    (there,) = start(starter, command(tmp_path / "run"), 2, absent=[absent], environment=wait)
+    assert there.wait(40) == 1
+    (line,) = there.lines()
+    assert f"process {1 - absent} of 2, as JAX_COORDINATOR_IP says: not all processes were at 127.0.0.1:" in line
+    assert "within 4 s (DDPO_WAIT_S)" in line
