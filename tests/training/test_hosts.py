@@ -1,4 +1,4 @@
-"""Runs of several processes on this machine: the numbers of one process, checkpoints, signals, and hosts that vanish."""
+"""Runs of several processes on this machine: the numbers of one, checkpoints, signals, and processes that vanish."""
 
 import pathlib
 import shutil
