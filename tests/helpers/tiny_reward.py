@@ -2,7 +2,8 @@
 
 ``actions`` maps the number of the call to a function of images and prompts whose result is returned. A subprocess takes
 the call on which it kills itself as ``TINY_KILL_AT``, in which it hangs as ``TINY_HANG_AT``, fails as
-``TINY_FAIL_AT``, and which takes three seconds as ``TINY_SLEEP_AT``.
+``TINY_FAIL_AT``, and which takes three seconds as ``TINY_SLEEP_AT``. ``TINY_SHARDED_SIZE`` is the size from
+which parameters are split: those of the tiny model are all too small.
 """
 
 import os
@@ -11,6 +12,8 @@ import threading
 import time
 
 import numpy as np
+
+from ddpo_jax import sharding
 
 actions = {}
 calls = 0
@@ -45,6 +48,10 @@ ACTIONS = {"TINY_KILL_AT": kill, "TINY_HANG_AT": hang, "TINY_FAIL_AT": fail, "TI
 for variable, action in ACTIONS.items():
     if variable in os.environ:
         actions[int(os.environ[variable])] = action
+
+
+if "TINY_SHARDED_SIZE" in os.environ:
+    sharding._MIN_SHARDED_SIZE = int(os.environ["TINY_SHARDED_SIZE"])
 
 
 def reward(images, prompts, metadata):

@@ -54,7 +54,7 @@ def command(folder, tmp_path_factory):
 
 def start(starter, argv, processes, absent=(), environment=None):
     """Starts the processes of a run that share ``DEVICES`` devices; ``environment`` by number, for some of them."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}"}
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}", "TINY_SHARDED_SIZE": "64"}
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -123,9 +123,9 @@ def alone(starter, command, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pair(starter, command, alone, tmp_path_factory):
-    """The folder of a run of two processes, and what they said."""
+    """The folder of a run of two processes, which share the parameters, and what they said."""
     workdir = tmp_path_factory.mktemp("runs") / "pair"
-    return workdir, run(starter, command(workdir), 2)
+    return workdir, run(starter, command(workdir, **{"mesh.fsdp": 4}), 2)
 
 
 def test_two_processes_give_the_numbers_of_one(pair, alone):
