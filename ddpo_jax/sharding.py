@@ -43,7 +43,7 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
     if processes > 1 and wanted < count:
         raise InputError(
             f"mesh: received data={data}, fsdp={fsdp}; a run of {processes} processes takes all {count} devices; "
-            "use data=-1"
+            f"use data=-1, and sample.batch_size and train.batch_size that {count} divides"
         )
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))  # as ``hosts.rows`` counts
     return Mesh(np.asarray(devices[:wanted]).reshape(-1, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)

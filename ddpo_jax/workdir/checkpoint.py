@@ -330,7 +330,8 @@ class _Arrays(ocp.PyTreeCheckpointHandler):
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
-        checksums.write(pathlib.Path(directory))
+        if exchange.is_first():
+            checksums.write(pathlib.Path(directory))
 
 
 def _cause(error: BaseException) -> str:

@@ -23,9 +23,10 @@ def folder(tmp_path_factory):
 def run(folder, workdir, data, fsdp):
     """Rows without times, and the arrays of the last checkpoint, of two epochs with 8 replayed samples."""
     keys = {"mesh.data": data, "mesh.fsdp": fsdp, "replay.name": "hard", "replay.k": 8 // (data * fsdp)}
+    keys |= {"sample.num_batches_per_epoch": 2, "reward.name": "tiny_reward:reward"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "_MIN_SHARDED_SIZE", 64)  # all parameters of the model are smaller than that
-        train(tiny.tiny_ready(folder, **keys, **{"sample.num_batches_per_epoch": 2}), workdir)
+        train(tiny.tiny_ready(folder, **keys), workdir)
     rows = [{k: v for k, v in row.items() if not k.startswith("time/")} for row in metrics.read_metrics(workdir)]
     with Checkpointer(workdir, read_only=True) as saver:
         return rows, saver.read(2, "state/params"), saver.read(2, "replay")
