@@ -32,6 +32,7 @@ def start() -> int:
         return 0
     import jax
 
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself; workdir.folder has ours
     try:
         jax.distributed.initialize(
             **launch.arguments,
