@@ -3,11 +3,12 @@
 The first of these that is there decides:
 
 1. ``NNODES=1``: this process is alone, whatever else is set.
-2. ``JAX_COORDINATOR_IP`` with ``NNODES`` and ``NODE_RANK`` (``JAX_COORDINATOR_PORT``, 8476 by default): as it says.
+2. ``JAX_COORDINATOR_IP`` with ``NNODES`` and ``NODE_RANK`` (``JAX_COORDINATOR_PORT``, 8476 by default; the
+   next one is used too): as it says.
 3. A TPU host: JAX asks the machine for the other hosts of the slice.
 4. SkyPilot: ``SKYPILOT_NODE_IPS`` and ``SKYPILOT_NODE_RANK``.
 5. A Kubernetes JobSet: ``JOBSET_NAME``, ``REPLICATED_JOB_NAME``, ``NNODES`` and ``JOB_COMPLETION_INDEX``.
-6. Slurm, inside ``srun`` with several tasks: JAX reads its variables; a task gets one GPU.
+6. Slurm, inside ``srun`` with several tasks: a task of several on a node gets one of its GPUs.
 
 ``DDPO_WAIT_S`` (300) is how long a process waits for all others to arrive, ``DDPO_SILENCE_S`` (100) how long one may
 give no sign of life before the others end.
@@ -16,6 +17,7 @@ give no sign of life before the others end.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,15 +34,29 @@ class Launch:
 
     Attributes:
       said_by: the variables or the system that says so, for messages.
-      arguments: of ``jax.distributed.initialize``; what is left out JAX finds out itself.
+      address: host and port of the coordinator; empty where JAX finds everything itself.
+      processes, rank: how many there are, and the number of this one.
+      local_device: the one GPU of this machine that is this process's; None is all.
       wait_s: seconds that a process waits for all others to arrive.
       silence_s: seconds without a sign of life after which a process is taken for dead.
     """
 
     said_by: str
-    arguments: dict[str, Any]
+    address: str = ""
+    processes: int = 0
+    rank: int = 0
+    local_device: int | None = None
     wait_s: int = WAIT_S
     silence_s: int = SILENCE_S
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of ``jax.distributed.initialize``."""
+        if not self.address:
+            return {}
+        arguments = {"coordinator_address": self.address, "num_processes": self.processes, "process_id": self.rank}
+        own = None if self.local_device is None else [self.local_device]
+        return arguments | {"local_device_ids": own, "cluster_detection_method": "deactivate"}
 
 
 def read(environment: Mapping[str, str], tpu_host: bool = False) -> Launch | None:
@@ -73,7 +89,7 @@ def _read(environment: Mapping[str, str], tpu_host: bool) -> Launch | None:
             _whole(environment, "NODE_RANK"),
         )
     if tpu_host:
-        return Launch("the TPU host", {})
+        return Launch("the TPU host")
     if "SKYPILOT_NODE_IPS" in environment:
         addresses = environment["SKYPILOT_NODE_IPS"].split()
         address = f"{_host(addresses[0])}:{port}" if addresses else ""
@@ -83,8 +99,14 @@ def _read(environment: Mapping[str, str], tpu_host: bool) -> Launch | None:
         processes, rank = _whole(environment, "NNODES", least=1), _whole(environment, "JOB_COMPLETION_INDEX")
         return _explicit("JOBSET_NAME", f"{jobset}-{job}-0-0.{jobset}:{port}", processes, rank)
     if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= environment.keys():
-        if _whole(environment, "SLURM_NTASKS", least=1) > 1:
-            return Launch("Slurm", {"cluster_detection_method": "slurm"})
+        port = environment.get("JAX_COORDINATOR_PORT", str(61440 + 2 * (_whole(environment, "SLURM_JOB_ID") % 2000)))
+        address = f"{_first_node(environment['SLURM_STEP_NODELIST'])}:{port}"
+        tasks, nodes = _whole(environment, "SLURM_NTASKS", 1), _whole(environment, "SLURM_STEP_NUM_NODES", 1)
+        found = _explicit("Slurm", address, tasks, _whole(environment, "SLURM_PROCID"))
+        bound = "CUDA_VISIBLE_DEVICES" in environment and "," not in environment["CUDA_VISIBLE_DEVICES"]
+        if found is not None and tasks > nodes and not bound:
+            return dataclasses.replace(found, local_device=_whole(environment, "SLURM_LOCALID"))
+        return found
     return None
 
 
@@ -93,8 +115,13 @@ def _explicit(said_by: str, address: str, processes: int, rank: int) -> Launch |
         return None
     if rank >= processes:
         raise InputError(f"{said_by}: received rank {rank} of {processes} processes; ranks are 0 to {processes - 1}")
-    arguments = {"coordinator_address": address, "num_processes": processes, "process_id": rank}
-    return Launch(said_by, arguments | {"cluster_detection_method": "deactivate"})
+    return Launch(said_by, address, processes, rank)
+
+
+def _first_node(nodes: str) -> str:
+    """The first of ``node[001-003,7],other``: ``node001``."""
+    found = re.match(r"([^,\[]*)(?:\[([^,\-\]]*))?", nodes)
+    return "".join(part or "" for part in found.groups()) if found else nodes
 
 
 def _host(address: str) -> str:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from ddpo_jax.errors import InputError, RunFailure, one_line
+from ddpo_jax.errors import InputError
 
 
 def is_first() -> bool:
@@ -49,24 +49,6 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
         fault, cause = (kind, f"{where}{error}"), error
     for found in filter(None, gather(fault)):
         raise kinds[found[0]](found[1]) from cause
-
-
-@contextlib.contextmanager
-def others_alive() -> Iterator[None]:
-    """Around what all processes compute together.
-
-    Raises:
-      RunFailure: a computation broke off, because of another process or of what is connected to it.
-    """
-    try:
-        yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1 or "RESOURCE_EXHAUSTED" in str(error):
-            raise
-        raise RunFailure(
-            f"another process of the {jax.process_count()} is gone or cannot be reached: see what it printed; the same "
-            f"command in all of them goes on from the last saved epoch [{one_line(error)[:200]}]"
-        ) from error
 
 
 def require_same(what: str, text: str) -> None:

@@ -6,15 +6,21 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import re
 import sys
 import threading
+import time
+from collections.abc import Iterator
 
 from absl import logging
 
 from ddpo_jax.errors import InputError, RunFailure, one_line
 from ddpo_jax.hosts import environment
+from ddpo_jax.hosts.roll_call import RollCall, ended
 
 FAREWELL_S = 10.0  # seconds that a process which ends waits for the others to end too
+_CUT_OFF = re.compile(r"gloo|nccl|connection|unavailable|deadline_exceeded|heartbeat|coordination", re.IGNORECASE)
+_roll: RollCall | None = None
 
 
 def start() -> int:
@@ -32,6 +38,9 @@ def start() -> int:
         return 0
     import jax
 
+    global _roll
+    if launch.address:
+        _roll = RollCall(launch.address, launch.processes, launch.rank, launch.wait_s, launch.silence_s)
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself; workdir.folder has ours
     try:
         jax.distributed.initialize(
@@ -40,23 +49,33 @@ def start() -> int:
             heartbeat_timeout_seconds=launch.silence_s,
         )
     except ValueError as error:
-        if launch.arguments:
+        if launch.address:
             raise InputError(f"{launch.said_by}: JAX cannot make a run of it: {one_line(error)}; correct it") from error
         return 0  # a TPU host that knows of no other
-    except Exception as error:  # gRPC's and the network's, in many kinds
-        raise RunFailure(_absent(launch, error)) from error
-    logging.info("several processes, as %s says: all are there", launch.said_by)
+    except RuntimeError as error:
+        raise RunFailure(f"{launch.said_by}: the processes cannot be joined: {one_line(error)}") from error
+    logging.info("%d processes, as %s says: all are there", jax.process_count(), launch.said_by)
     return jax.process_index()
 
 
-def _absent(launch: environment.Launch, error: Exception) -> str:
-    count, rank = (launch.arguments.get(name, "?") for name in ("num_processes", "process_id"))
-    address = launch.arguments.get("coordinator_address", "process 0")
-    return (
-        f"process {rank} of {count}, as {launch.said_by} says: not all processes were at {address} within "
-        f"{launch.wait_s} s ({environment.WAIT}); see that every host is started and can reach that address "
-        f"[{one_line(error)[:200]}]"
-    )
+@contextlib.contextmanager
+def others_alive() -> Iterator[None]:
+    """Around what all processes compute together.
+
+    Raises:
+      RunFailure: a computation broke off because another process is gone.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # JAX raises ValueError and JaxRuntimeError for it
+        if _roll is None or not _CUT_OFF.search(str(error)):
+            raise
+        end = time.monotonic() + 1
+        while not _roll.lost and time.monotonic() < end:  # it is heard of at about the same time
+            time.sleep(0.05)
+        raise RunFailure(ended(_roll.lost or f"a process cannot be reached [{one_line(error)[:200]}]")) from error
 
 
 def stop(code: int) -> None:
@@ -66,9 +85,12 @@ def stop(code: int) -> None:
     """
     if "jax" not in sys.modules or not sys.modules["jax"].distributed.is_initialized():
         return
-    farewell = threading.Thread(target=sys.modules["jax"].distributed.shutdown, daemon=True)
-    farewell.start()
-    farewell.join(FAREWELL_S)
+    if _roll is None or not _roll.lost:
+        farewell = threading.Thread(target=sys.modules["jax"].distributed.shutdown, daemon=True)
+        farewell.start()
+        farewell.join(FAREWELL_S)
+    if _roll is not None:
+        _roll.leave()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # the terminal may be closed
             stream.flush()

@@ -14,6 +14,7 @@ from ddpo_jax.config.validate import doubts
 from ddpo_jax.errors import InputError, Interrupted, RunFailure
 from ddpo_jax.hosts import exchange
 from ddpo_jax.hosts import rows as hosts
+from ddpo_jax.hosts.runtime import others_alive
 from ddpo_jax.ops.advantages import PromptStats
 from ddpo_jax.rollout.scoring import RewardError
 from ddpo_jax.training.build import build, describe
@@ -40,7 +41,7 @@ def train(ready: Ready, workdir: pathlib.Path) -> None:
             if exchange.is_first():
                 lock = stack.enter_context(Lock(workdir))
                 refuse_other_run(ready.config, workdir)
-        with exchange.others_alive():
+        with others_alive():
             if _train(ready, workdir, lock) and exchange.is_first():
                 finish(workdir)
 

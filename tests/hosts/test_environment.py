@@ -17,12 +17,16 @@ SLURM = {
     "SLURM_NTASKS": "2",
     "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0",
+    "SLURM_STEP_NUM_NODES": "2",
 }
 
 
-def found(address, count, rank):
+TASKS = {"SLURM_NTASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+
+
+def found(address, count, rank, devices=None):
     arguments = {"coordinator_address": address, "num_processes": count, "process_id": rank}
-    return arguments | {"cluster_detection_method": "deactivate"}
+    return arguments | {"local_device_ids": devices, "cluster_detection_method": "deactivate"}
 
 
 @pytest.mark.parametrize(
@@ -34,7 +38,11 @@ def found(address, count, rank):
         (SKYPILOT, "SKYPILOT_NODE_IPS", found("10.0.0.1:8476", 2, 1)),
         (SKYPILOT | {"JAX_COORDINATOR_PORT": "9"}, "SKYPILOT_NODE_IPS", found("10.0.0.1:9", 2, 1)),
         (JOBSET, "JOBSET_NAME", found("ddpo-workers-0-0.ddpo:8476", 3, 2)),
-        (SLURM, "Slurm", {"cluster_detection_method": "slurm"}),
+        (SLURM, "Slurm", found("node001:61594", 2, 0)),
+        (SLURM | {"SLURM_STEP_NODELIST": "gpu-3,gpu-7", "SLURM_PROCID": "1"}, "Slurm", found("gpu-3:61594", 2, 1)),
+        (SLURM | {"SLURM_STEP_NODELIST": "n[7,9-12]", "JAX_COORDINATOR_PORT": "5"}, "Slurm", found("n7:5", 2, 0)),
+        (SLURM | TASKS, "Slurm", found("node001:61594", 8, 5, [1])),  # one of four tasks of a node
+        (SLURM | TASKS | {"CUDA_VISIBLE_DEVICES": "0"}, "Slurm", found("node001:61594", 8, 5)),  # Slurm chose it
     ],
 )
 def test_launchers(variables, said_by, arguments):
