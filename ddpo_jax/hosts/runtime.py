@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 from absl import logging
 
-from ddpo_jax.errors import InputError, RunFailure, one_line
+from ddpo_jax.errors import InputError, Interrupted, RunFailure, one_line
 from ddpo_jax.hosts import environment
 from ddpo_jax.hosts.roll_call import RollCall, ended
 
@@ -67,7 +67,7 @@ def others_alive() -> Iterator[None]:
     """
     try:
         yield
-    except InputError:
+    except (InputError, RunFailure, Interrupted):
         raise
     except Exception as error:  # JAX raises ValueError and JaxRuntimeError for it
         if _roll is None or not _CUT_OFF.search(str(error)):

@@ -63,6 +63,16 @@ def reward(images, prompts, metadata):
     return scores(images, prompts)
 
 
+def patient(images, prompts, metadata):
+    """``scores`` as of people or a server; how many images each call had goes to the file ``TINY_CALLS``."""
+    with open(os.environ["TINY_CALLS"], "a") as file:
+        file.write(f"{os.getpid()} {len(images)}\n")
+    return scores(images, prompts)
+
+
+patient.waits_for_others = True
+
+
 def reset(**todo):
     """Starts counting anew; ``at_1=function`` acts on the second call."""
     global calls

@@ -146,6 +146,15 @@ def test_two_processes_give_the_numbers_of_one(pair, alone):
     } - {path.name for path in alone.glob("events*")}
 
 
+def test_a_reward_that_waits_for_others_is_asked_by_process_0_alone(starter, command, pair, alone, tmp_path):
+    calls = {"TINY_CALLS": str(tmp_path / "calls")}
+    argv = command(tmp_path / "run", num_epochs=1, **{"reward.name": "tiny_reward:patient"})
+    runs = start(starter, argv, 2, environment={0: calls, 1: calls})
+    assert [run.wait(120) for run in runs] == [0, 0], runs[0].output
+    assert (tmp_path / "calls").read_text() == f"{runs[0].pid} 8\n" * 2  # every batch, whole
+    assert rows(tmp_path / "run")[0] == pytest.approx(rows(alone)[0], rel=2e-4, abs=2e-6)
+
+
 def copied(workdir, folder):
     """A copy of a run, to go on with."""
     return pathlib.Path(shutil.copytree(workdir, folder / workdir.name))
