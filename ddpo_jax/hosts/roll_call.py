@@ -17,7 +17,7 @@ import time
 
 from ddpo_jax.errors import RunFailure
 
-GRACE_S = 5.0  # seconds that a process has to notice by itself that it computes with one that is gone
+GRACE_S = 5.0  # seconds that process 0 has to notice by itself that it computes with one that is gone, and to tidy up
 RETRY_S = 0.2
 
 
@@ -116,7 +116,8 @@ class RollCall:
             with contextlib.suppress(OSError):
                 peer.sendall(f"{gone}\n".encode())
         self.lost = f"process {gone} of {self._count} is gone or cannot be reached"
-        time.sleep(GRACE_S)
+        if self._rank == 0:  # JAX aborts the others as soon as this one ends: they must be faster
+            time.sleep(GRACE_S)
         if not self._left:
             with contextlib.suppress(OSError):
                 print(f"error: {ended(self.lost)}", file=sys.stderr, flush=True)
