@@ -23,7 +23,7 @@ from typing import Any
 
 from ddpo_jax.errors import InputError
 
-PORT = "8476"  # of the coordinator, which runs in process 0
+PORT = 8476  # of the coordinator, which runs in process 0
 WAIT, SILENCE = "DDPO_WAIT_S", "DDPO_SILENCE_S"
 WAIT_S, SILENCE_S = 300, 100
 
@@ -80,7 +80,7 @@ def read(environment: Mapping[str, str], tpu_host: bool = False) -> Launch | Non
 def _read(environment: Mapping[str, str], tpu_host: bool) -> Launch | None:
     if environment.get("NNODES") == "1":
         return None
-    port = environment.get("JAX_COORDINATOR_PORT", PORT)
+    port = _port(environment, PORT)
     if "JAX_COORDINATOR_IP" in environment:
         return _explicit(
             "JAX_COORDINATOR_IP",
@@ -99,15 +99,19 @@ def _read(environment: Mapping[str, str], tpu_host: bool) -> Launch | None:
         processes, rank = _whole(environment, "NNODES", least=1), _whole(environment, "JOB_COMPLETION_INDEX")
         return _explicit("JOBSET_NAME", f"{jobset}-{job}-0-0.{jobset}:{port}", processes, rank)
     if {"SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_PROCID"} <= environment.keys():
-        port = environment.get("JAX_COORDINATOR_PORT", str(61440 + 2 * (_whole(environment, "SLURM_JOB_ID") % 2000)))
-        address = f"{_first_node(environment['SLURM_STEP_NODELIST'])}:{port}"
-        tasks, nodes = _whole(environment, "SLURM_NTASKS", 1), _whole(environment, "SLURM_STEP_NUM_NODES", 1)
-        found = _explicit("Slurm", address, tasks, _whole(environment, "SLURM_PROCID"))
-        bound = "CUDA_VISIBLE_DEVICES" in environment and "," not in environment["CUDA_VISIBLE_DEVICES"]
-        if found is not None and tasks > nodes and not bound:
-            return dataclasses.replace(found, local_device=_whole(environment, "SLURM_LOCALID"))
-        return found
+        return _slurm(environment)
     return None
+
+
+def _slurm(environment: Mapping[str, str]) -> Launch | None:
+    port = _port(environment, 61440 + 2 * (_whole(environment, "SLURM_JOB_ID") % 2000))  # jobs may share a node
+    address = f"{_first_node(environment['SLURM_STEP_NODELIST'])}:{port}"
+    tasks, nodes = _whole(environment, "SLURM_NTASKS", 1), _whole(environment, "SLURM_STEP_NUM_NODES", 1)
+    found = _explicit("Slurm", address, tasks, _whole(environment, "SLURM_PROCID"))
+    given_one = len(environment.get("CUDA_VISIBLE_DEVICES", ",").split(",")) == 1
+    if found is None or tasks <= nodes or given_one:
+        return found
+    return dataclasses.replace(found, local_device=_whole(environment, "SLURM_LOCALID"))
 
 
 def _explicit(said_by: str, address: str, processes: int, rank: int) -> Launch | None:
@@ -127,6 +131,14 @@ def _first_node(nodes: str) -> str:
 def _host(address: str) -> str:
     """An IPv6 address in brackets, so that a port can follow; anything else as it is."""
     return f"[{address}]" if address.count(":") > 1 and not address.startswith("[") else address
+
+
+def _port(environment: Mapping[str, str], default: int) -> int:
+    name = "JAX_COORDINATOR_PORT"
+    port = _whole(environment, name, least=1) if name in environment else default
+    if port > 65534:
+        raise InputError(f"{name}: received {port}; it must be at most 65534, the next one is used too; use {PORT}")
+    return port
 
 
 def _text(environment: Mapping[str, str], name: str) -> str:

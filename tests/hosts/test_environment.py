@@ -89,6 +89,11 @@ def test_times():
         (EXPLICIT | {"NNODES": "two"}, "NNODES: received 'two'; it must be a whole number of at least 1"),
         (EXPLICIT | {"NODE_RANK": "-1"}, "NODE_RANK: received '-1'; it must be a whole number of at least 0"),
         (EXPLICIT | {"DDPO_WAIT_S": "0"}, "DDPO_WAIT_S: received '0'; it must be a whole number of at least 1"),
+        (EXPLICIT | {"JAX_COORDINATOR_PORT": "http"}, "JAX_COORDINATOR_PORT: received 'http'"),
+        (
+            EXPLICIT | {"JAX_COORDINATOR_PORT": "65535"},
+            "JAX_COORDINATOR_PORT: received 65535; it must be at most 65534",
+        ),
         ({"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}, "SKYPILOT_NODE_RANK: received nothing"),
         ({"JOBSET_NAME": "ddpo", "JOB_COMPLETION_INDEX": "0"}, "REPLICATED_JOB_NAME: received nothing"),
     ],

@@ -110,12 +110,13 @@ def assert_same_state(workdir, expected, epoch=2):
     found, wanted = saved(workdir, epoch), saved(expected, epoch)
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
-        if name.endswith("_ids"):
-            np.testing.assert_array_equal(found[name], value, err_msg=name)
-        else:
-            np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=2e-5, err_msg=name)
-    first = len(wanted["replay/latents"]) // 2  # the first epoch: no update has rounded yet
-    np.testing.assert_array_equal(found["replay/latents"][:first, 0], wanted["replay/latents"][:first, 0])
+        # One level of one pixel, which rounding may tip over, is 1e-4 of an advantage here.
+        tolerance = {"rtol": 1e-3, "atol": 1e-3 if name == "replay/advantages" else 2e-5}
+        np.testing.assert_allclose(found[name], value, **tolerance, err_msg=name)
+        if name.startswith("replay/"):  # before the first update nothing has been rounded
+            np.testing.assert_array_equal(found[name][:16], value[:16], err_msg=name)
+    np.testing.assert_array_equal(found["replay/latents"][:, 0], wanted["replay/latents"][:, 0])  # the noise
+    np.testing.assert_array_equal(found["replay/prompt_ids"], wanted["replay/prompt_ids"])
 
 
 @pytest.fixture(scope="module")
