@@ -6,6 +6,8 @@ asks it for everyone's images.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,6 +23,7 @@ from ddpo_jax.hosts.rows import own
 from ddpo_jax.rewards._shared.check import Parts, RewardError, RewardFn, call
 from ddpo_jax.rollout.scoring import PendingReward, RewardRunner, make_reward
 
+MEET_S = 60.0
 Scored = tuple[Any, np.ndarray, Parts]  # rows of a batch, their scores and parts
 
 
@@ -73,12 +76,23 @@ def collected(
       RewardError: they could not be had, in some process.
     """
     found: list[Scored] = []
+    _wait([batch for batch in pending if batch is not None])
     with together(RewardError):
         for ids, batch in zip(batches, pending, strict=True):
             if batch is not None:
                 scores, parts = batch.result()
                 found.append((ids if len(scores) == len(ids) else ids[own(len(ids))], scores, parts))
     return _merged(found, sum(map(len, batches)))
+
+
+def _wait(pending: Sequence[PendingReward]) -> None:
+    """Until all processes have their scores. They meet from time to time: no network waits for hours, as people do."""
+    ready = False
+    while not ready:
+        end = math.inf if jax.process_count() == 1 else time.monotonic() + MEET_S
+        with together(RewardError):
+            ready = all([batch.ready(end - time.monotonic()) for batch in pending])
+        ready = all(gather(ready))
 
 
 def score(

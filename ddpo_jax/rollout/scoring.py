@@ -65,11 +65,23 @@ class PendingReward:
         Raises:
           RewardError: they could not be had, or the reward takes longer for a batch than the runner allows.
         """
-        while not self._done.wait(self._runner.time_left()):
-            self._runner.check()
+        self.ready(math.inf)
         if self._output is None:
             raise self._error or RewardError("the batch was dropped, because the run ends")
         return self._output
+
+    def ready(self, seconds: float) -> bool:
+        """Waits for it, so long at most: whether ``result`` returns or raises at once.
+
+        Raises:
+          RewardError: the reward takes longer for a batch than the runner allows.
+        """
+        end = time.monotonic() + seconds
+        while not self._done.wait(min(self._runner.time_left(), max(end - time.monotonic(), 0.0))):
+            self._runner.check()
+            if time.monotonic() >= end:
+                return False
+        return True
 
     def drop(self) -> None:
         """Ends the wait for it, without a result."""

@@ -92,7 +92,7 @@ def test_times():
         (EXPLICIT | {"JAX_COORDINATOR_PORT": "http"}, "JAX_COORDINATOR_PORT: received 'http'"),
         (
             EXPLICIT | {"JAX_COORDINATOR_PORT": "65535"},
-            "JAX_COORDINATOR_PORT: received 65535; it must be at most 65534",
+            "JAX_COORDINATOR_PORT: received 65535; it must be at most",
         ),
         ({"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2"}, "SKYPILOT_NODE_RANK: received nothing"),
         ({"JOBSET_NAME": "ddpo", "JOB_COMPLETION_INDEX": "0"}, "REPLICATED_JOB_NAME: received nothing"),
