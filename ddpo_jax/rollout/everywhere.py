@@ -77,21 +77,24 @@ def collected(
     """
     found: list[Scored] = []
     _wait([batch for batch in pending if batch is not None])
-    with together(RewardError):
-        for ids, batch in zip(batches, pending, strict=True):
-            if batch is not None:
-                scores, parts = batch.result()
-                found.append((ids if len(scores) == len(ids) else ids[own(len(ids))], scores, parts))
+    for ids, batch in zip(batches, pending, strict=True):
+        if batch is not None:
+            scores, parts = batch.result()
+            found.append((ids if len(scores) == len(ids) else ids[own(len(ids))], scores, parts))
     return _merged(found, sum(map(len, batches)))
 
 
 def _wait(pending: Sequence[PendingReward]) -> None:
-    """Until all processes have their scores. They meet from time to time: no network waits for hours, as people do."""
+    """Until all processes have their scores. They meet from time to time: no network waits for hours, as people do.
+
+    Raises:
+      RewardError: one process cannot have them.
+    """
     ready = False
     while not ready:
         end = math.inf if jax.process_count() == 1 else time.monotonic() + MEET_S
         with together(RewardError):
-            ready = all([batch.ready(end - time.monotonic()) for batch in pending])
+            ready = all(batch.ready(end - time.monotonic()) and bool(batch.result()) for batch in pending)
         ready = all(gather(ready))
 
 
