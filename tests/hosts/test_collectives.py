@@ -1,4 +1,4 @@
-"""The sums over processes on CPUs are right: wrong ones were reported to be silent (jax issue 40830)."""
+"""What processes sum over CPUs is right: psum_scatter is not always (jax issue 40830), and says nothing of it."""
 
 import os
 import pathlib
@@ -6,18 +6,21 @@ import socket
 import subprocess
 import sys
 
-HELPER = pathlib.Path(__file__).resolve().parents[1] / "helpers" / "scatter.py"
-SIZES = [2**18, 2**20 - 2, 2**20, 2**20 + 2, 2**21, 2**22]  # f32 elements: parts of 0.5 to 8 MiB, some around 4 MiB
+TESTS = pathlib.Path(__file__).resolve().parents[1]
+SIZES = [2**18, 2**21 - 2, 2**21, 2**21 + 2, 2**22]  # f32 elements; parts of 4 MiB in the middle
+OURS = ["scatter_grads", "psum", "gather_params"]
 
 
-def test_psum_scatter_is_the_slice_of_psum():
+def test_what_training_computes_with_is_right():
+    """``psum_scatter`` itself is run beside them and may be right or wrong: it was wrong once in three times."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     started = [
         subprocess.Popen(
-            [sys.executable, HELPER, address, str(rank), *map(str, SIZES)],
+            [sys.executable, TESTS / "helpers" / "collectives.py", address, str(rank), *map(str, SIZES)],
             env=environment,
             stdout=subprocess.PIPE,
             text=True,
@@ -28,5 +31,5 @@ def test_psum_scatter_is_the_slice_of_psum():
         output, _ = process.communicate(timeout=120)
         assert process.returncode == 0
         found = [line.split() for line in output.splitlines() if not line.startswith("[Gloo]")]
-        assert [int(size) for size, _ in found] == [size for size in SIZES for _ in range(3)]
-        assert {float(difference) for _, difference in found} == {0.0}, output
+        ours = [(name, int(size), float(difference)) for name, size, difference in found if name in OURS]
+        assert sorted(ours) == sorted((name, size, 0.0) for name in OURS for size in SIZES for _ in range(3)), output
