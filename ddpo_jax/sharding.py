@@ -83,7 +83,7 @@ def own(batch: Any) -> Any:
         if x.is_fully_addressable:
             return x
         parts = {shard.device: shard.data for shard in x.addressable_shards}
-        devices = [device for device in x.sharding.mesh.devices.flat if device in parts]
+        devices = [device for device in _mesh_of(x).devices.flat if device in parts]
         mesh = Mesh(np.asarray(devices), "samples")
         shape = (sum(len(part) for part in parts.values()), *x.shape[1:])
         pieces = [parts[device] for device in devices]
@@ -96,8 +96,13 @@ def whole(batch: jax.Array) -> jax.Array:
     """All samples of a batch on one device of this process, once they are computed."""
     if batch.is_fully_addressable:
         return batch
-    everywhere = NamedSharding(batch.sharding.mesh, P())
+    everywhere = NamedSharding(_mesh_of(batch), P())
     return jax.jit(lambda x: x, out_shardings=everywhere)(batch).addressable_data(0)
+
+
+def _mesh_of(x: Any) -> Mesh:
+    """The mesh that an array of this module is on."""
+    return x.sharding.mesh
 
 
 def fetch(x: jax.Array) -> np.ndarray:

@@ -45,7 +45,7 @@ class Spread:
 
 
 HostArray = np.ndarray | Spread
-AnyArray = Array | np.ndarray | Spread  # on a device or on the host
+AnyArray = Array | np.ndarray  # on a device or on the host
 Params = dict[str, Array]  # network parameters by dotted name
 TERMS = ("log_prob", "ref_log_prob", "kl", "noise_mse", "denoise_mse", "value")
 

@@ -40,7 +40,7 @@ def spread(array: np.ndarray) -> HostArray:
     return _spread(np.repeat(np.arange(jax.process_count()), len(array)), array)
 
 
-def claim(array: np.ndarray) -> HostArray:
+def claim(array: Any) -> HostArray:
     """Samples that every process has; each keeps a part of them."""
     owner = np.arange(len(array)) * jax.process_count() // max(len(array), 1)
     return _spread(owner, array[owner == jax.process_index()].copy() if jax.process_count() > 1 else array)
@@ -55,7 +55,7 @@ def _spread(owner: Int[np.ndarray, " N"], own_rows: np.ndarray) -> HostArray:
     return Spread(owner, rows, own_rows.shape[1:], own_rows.dtype)
 
 
-def concatenate(parts: Sequence[HostArray]) -> HostArray:
+def concatenate(parts: Sequence[Any]) -> HostArray:
     """The samples of all parts, one part after the other."""
     first = parts[0]
     if not isinstance(first, Spread):
@@ -71,7 +71,7 @@ def settled(samples: Samples) -> Samples:
         return samples
     owner, count = spreads[0].owner, jax.process_count()
     size = len(owner) // count
-    order, homeless = np.full(len(owner), -1), []
+    order, homeless = np.full(len(owner), -1), list[int]()
     for process in range(count):
         mine = np.flatnonzero(owner == process)
         order[process * size :][: min(size, len(mine))] = mine[:size]
@@ -103,7 +103,7 @@ def _received(x: Spread) -> np.ndarray:
         for process, row in enumerate(sent):
             if row is not None and target[row] == me:
                 found[row] = arrived[process]
-    return np.stack(found[own(len(x))])
+    return np.stack(list(found[own(len(x))]))
 
 
 def whole(x: HostArray) -> np.ndarray:
@@ -128,8 +128,8 @@ def shelf(x: HostArray) -> Int[np.ndarray, " M"] | slice:
     return np.concatenate([np.pad(part, (0, size - len(part)), constant_values=-1) for part in parts])
 
 
-def shelved(x: HostArray, order: Int[np.ndarray, " M"] | slice) -> np.ndarray | jax.Array:
-    """The samples in an order of ``shelf``, flat; of a ``Spread`` each process gives its own to one array of all."""
+def shelved(x: HostArray, order: Any) -> np.ndarray | jax.Array:
+    """The samples in the order of ``shelf``, flat; of a ``Spread`` each process gives its own to one array of all."""
     if not isinstance(x, Spread):
         return x[order].reshape(-1)
     nothing = np.zeros(x.shape[1:], x.dtype)

@@ -92,8 +92,8 @@ class Buffer:
         self._epochs = [entry for entry in self._epochs if epoch - entry[0] < self._config.history]
         if not len(current):  # an algorithm that selects may have kept nothing
             return
-        fields = {name: value if isinstance(value, Spread) else np.asarray(value, _DTYPES[name])
-                  for name, value in vars(current).items()}  # fmt: skip
+        fields: Any = {name: value if isinstance(value, Spread) else np.asarray(value, _DTYPES[name])
+                       for name, value in vars(current).items()}  # fmt: skip
         self._epochs.append((epoch, ScoredSamples(**fields)))
 
     def state_dict(self) -> dict[str, Any]:
