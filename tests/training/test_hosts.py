@@ -24,6 +24,8 @@ SETTINGS = {
     "replay.name": "hard",
     "replay.k": 1,
     "checkpoint.every": 1,
+    "log.evaluate_every": 1,
+    "log.evaluate_images": 8,
     "mesh.data": -1,
 }
 
@@ -89,7 +91,8 @@ def assert_same_rows(workdir, expected):
     assert [row.keys() for row in found] == [row.keys() for row in wanted]
     for ours, theirs in zip(found, wanted, strict=True):
         for key, value in theirs.items():
-            assert ours[key] == pytest.approx(value, rel=2e-4, abs=2e-6), (key, ours["epoch"])
+            close = 2e-3 if key.startswith("eval/diversity") else 2e-6  # in levels of 255, of which one may tip over
+            assert ours[key] == pytest.approx(value, rel=2e-4, abs=close), (key, ours["epoch"])
     exact = [key for key in wanted[0] if key.split("/")[0] in {"reward", "sample", "replay", "compute"}]
     assert {key: found[0][key] for key in exact} == {key: wanted[0][key] for key in exact}
 
