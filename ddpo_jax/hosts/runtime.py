@@ -18,7 +18,8 @@ from ddpo_jax.errors import InputError, Interrupted, RunFailure, one_line
 from ddpo_jax.hosts import environment
 from ddpo_jax.hosts.roll_call import RollCall, ended
 
-FAREWELL_S = 10.0  # seconds that a process which ends waits for the others to end too
+# Seconds that a process which ends waits for the others to end too: one that is done, for process 0 to draw its curve.
+DONE_S, ENDED_S = 300.0, 10.0
 _CUT_OFF = re.compile(r"gloo|nccl|connection|unavailable|deadline_exceeded|heartbeat|coordination", re.IGNORECASE)
 _roll: RollCall | None = None
 
@@ -85,12 +86,12 @@ def stop(code: int) -> None:
     """
     if "jax" not in sys.modules or not sys.modules["jax"].distributed.is_initialized():
         return
+    if _roll is not None:
+        _roll.leave()
     if _roll is None or not _roll.lost:
         farewell = threading.Thread(target=sys.modules["jax"].distributed.shutdown, daemon=True)
         farewell.start()
-        farewell.join(FAREWELL_S)
-    if _roll is not None:
-        _roll.leave()
+        farewell.join(ENDED_S if code else DONE_S)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # the terminal may be closed
             stream.flush()
