@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from types import TracebackType
 
 from absl import logging
 
@@ -55,6 +56,7 @@ def start() -> int:
         return 0  # a TPU host that knows of no other
     except RuntimeError as error:
         raise RunFailure(f"{launch.said_by}: the processes cannot be joined: {one_line(error)}") from error
+    sys.excepthook = _end
     logging.info("%d processes, as %s says: all are there", jax.process_count(), launch.said_by)
     return jax.process_index()
 
@@ -96,6 +98,12 @@ def stop(code: int) -> None:
         with contextlib.suppress(OSError):  # the terminal may be closed
             stream.flush()
     os._exit(code)
+
+
+def _end(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of a defect of ours: shows it, and ends this process at once, where Python would wait for the others first."""
+    sys.__excepthook__(kind, error, trace)
+    stop(1)
 
 
 def _has_tpus() -> bool:
