@@ -28,10 +28,11 @@ class Interrupted(Exception):
     Args:
       signum: the signal received, such as ``signal.SIGTERM``.
       message: one line for the user, such as what was saved and how to go on.
+      at_once: this process alone was broken off, whatever others of the run do.
     """
 
-    def __init__(self, signum: int, message: str = "") -> None:
-        self.signum = int(signum)
+    def __init__(self, signum: int, message: str = "", at_once: bool = False) -> None:
+        self.signum, self.at_once = int(signum), at_once
         super().__init__(message or f"stopped by {signals.Signals(signum).name}")
 
     @property

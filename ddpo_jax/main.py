@@ -48,6 +48,7 @@ def command(argv: Sequence[str]) -> None:
     arguments = flags.parse(argv)
     cli.show_log()
     config = flags.load(arguments)
+    cli.join_hosts()
     backend, devices = cli.start_jax()
     from ddpo_jax.config.ready import make_ready  # here, so that wrong flags and --help answer at once
 

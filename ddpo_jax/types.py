@@ -7,6 +7,7 @@ Log-probabilities are averaged over the ``num_dims = h*w*c`` latent dimensions, 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,36 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+
+class Spread:
+    """A host array of N samples whose rows stay in the processes that made them.
+
+    It is indexed and concatenated like a numpy array, equally in every process; no row moves by that. ``hosts.rows``
+    moves rows where they are needed.
+
+    Attributes:
+      owner: the process that has each row [N].
+      rows: the rows of this process as arrays, None for those of others [N].
+      shape, dtype: of the whole.
+    """
+
+    def __init__(self, owner: Int[np.ndarray, " N"], rows: np.ndarray, row_shape: tuple[int, ...], dtype: Any):
+        self.owner, self.rows = owner, rows
+        self.shape, self.dtype = (len(owner), *row_shape), np.dtype(dtype)
+
+    def __getitem__(self, index: Any) -> Spread:
+        return Spread(self.owner[index], self.rows[index], self.shape[1:], self.dtype)
+
+    def __len__(self) -> int:
+        return len(self.owner)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole, over all processes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+HostArray = np.ndarray | Spread
 AnyArray = Array | np.ndarray  # on a device or on the host
 Params = dict[str, Array]  # network parameters by dotted name
 TERMS = ("log_prob", "ref_log_prob", "kl", "noise_mse", "denoise_mse", "value")
@@ -34,11 +65,11 @@ class ScoredSamples:
     Replay saves these fields by name in a run's checkpoints, so their names are part of that format.
     """
 
-    latents: Float[np.ndarray, "N T1 h w c"]
+    latents: Float[HostArray, "N T1 h w c"]
     log_prob: Float[np.ndarray, "N T"]
     weights: Float[np.ndarray, "N T"]  # timestep weights, mean 1 over the trained steps
     mask: Float[np.ndarray, "N T"]  # 1 where the step of the sample may be trained
-    context: Float[np.ndarray, "N L D"]  # prompt embeddings
+    context: Float[HostArray, "N L D"]  # prompt embeddings
     prompt_ids: Int[np.ndarray, " N"]  # 63-bit hash of the prompt
     group_ids: Int[np.ndarray, " N"]  # equal for the K samples of one draw of a prompt
     rewards: Float[np.ndarray, " N"]

@@ -35,6 +35,7 @@ ROOMS = {
     "workdir": "the folder of a run",
     "config": "every key, overrides, validation",
     "sharding": "the mesh",
+    "hosts": "many processes as one program",
     "find": "names to modules",
     "types": "the nouns every room shares",
     "errors": "how a run ends other than well",
@@ -46,14 +47,14 @@ GROUND = {"find", "types", "errors"}
 ONLY = {
     "algorithms": {"ops"},  # never a network, a config file or a device
     "weighting": {"diffusion"},
-    "replay": set(),
+    "replay": {"hosts"},
     "rewards": {"models", "mini", "ops", "serving", "feedback"},
     "feedback": {"serving"},
     "serving": set(),
     "prompts": {"mini"},
     "diffusion": {"ops", "models.schema"},  # of the networks' room only what a scheduler_config.json may hold
     "ops": set(),
-    "workdir": {"config"},
+    "workdir": {"config", "hosts"},
     "config": set(),
 }
 # In these folders every file is a thing of its own: files import helpers (__init__.py, _name.py), not one another.

@@ -18,10 +18,11 @@ from absl import flags, logging
 import ddpo_jax
 from ddpo_jax import errors
 from ddpo_jax.errors import InputError
+from ddpo_jax.hosts import runtime
 from ddpo_jax.workdir.files import file_to_write, folder_to_write
 
-__all__ = ["Parser", "cache_compilations", "file_to_write", "folder_to_write", "leave", "positive", "run", "seed",
-           "show_log", "start_jax", "use_all_cores"]  # fmt: skip
+__all__ = ["Parser", "cache_compilations", "file_to_write", "folder_to_write", "join_hosts", "leave", "positive", "run",
+           "seed", "show_log", "start_jax", "use_all_cores"]  # fmt: skip
 
 PACKAGE = pathlib.Path(ddpo_jax.__file__).resolve().parent
 REWARD_THREAD = "reward"  # as ``rollout.scoring`` names it, which is not imported here: it loads JAX
@@ -83,6 +84,16 @@ def cache_compilations() -> None:
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]  # attributes are made at run time
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path.home() / ".cache" / "ddpo_jax"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def join_hosts() -> None:
+    """Makes this process one of a run of several, if its environment says so; process 0 tells of the progress.
+
+    Raises:
+      InputError, RunFailure: see ``hosts.runtime.start``.
+    """
+    if runtime.start() > 0:
+        logging.set_verbosity(logging.WARNING)
 
 
 def start_jax(cache: bool = True) -> tuple[str, int]:
@@ -166,6 +177,7 @@ def leave(code: int) -> NoReturn:
             stream.flush()
         except OSError:
             kept = True
+    runtime.stop(code)
     if kept:
         os._exit(code)
     sys.exit(code)

@@ -94,7 +94,7 @@ KEYS = (
     Key("replay.k", 4, "images replayed per device and epoch, after the ordinary updates"),
     Key("replay.history", 3, "epochs a rollout stays in the buffer"),
     Key("replay.max_gib", 16.0,
-        "GiB of host memory that the buffer may take; beyond it the oldest epochs leave it before their time"),
+        "GiB that the buffer may take, over all processes; beyond it the oldest epochs leave before their time"),
     Key("replay.updates", "one", "updates on what is replayed: one of all; ordinary = several of train.batch_size"),
     Key("reward.name", "jpeg_compressibility", "images to scores: a file of ddpo_jax/rewards"),
     Key("reward.wait_s", 600.0,

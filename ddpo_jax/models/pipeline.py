@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, UInt8
 
+from ddpo_jax import sharding
 from ddpo_jax.config.model import PINNED, hub_fault, local_folder, read_json
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import keys, schema, weights
@@ -189,7 +190,7 @@ class Pipeline:
         if mesh is None:
             return jax.jit(decode), state
         sharded = jax.shard_map(decode, mesh=mesh, in_specs=(P(), P(axes)), out_specs=P(axes), check_vma=False)
-        return jax.jit(sharded), jax.device_put(state, NamedSharding(mesh, P()))
+        return jax.jit(sharded), sharding.replicate(state, mesh)
 
 
 def load(

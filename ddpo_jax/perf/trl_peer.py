@@ -60,7 +60,8 @@ def main(settings: dict[str, Any]) -> None:
             per_prompt_stat_tracking=True,
         )
         pipeline = DefaultDDPOStableDiffusionPipeline(settings["model"], use_lora=False)
-        trainer = DDPOTrainer(config, _jpeg, lambda: (prompts[next(drawn) % len(prompts)], {}), pipeline)
+        reward: Any = _jpeg
+        trainer = DDPOTrainer(config, reward, lambda: (prompts[next(drawn) % len(prompts)], {}), pipeline)
         print("ready", flush=True)
         step = 0
         for epoch, _ in enumerate(sys.stdin):

@@ -1,4 +1,6 @@
-"""The replay buffer: scored trajectories of the last epochs on the host, and the choice of which to train on again.
+"""The replay buffer: scored trajectories of the last epochs, and the choice of which to train on again.
+
+Every process holds the trajectories it drew; the choice is made of all and everywhere the same.
 
 Source: "Selective Timestep Weighting" (anonymous), section 4.3 and Algorithm 1. After an epoch's own updates the best k
 trajectories per device come back, or as many as there are, with the advantages and log-probabilities they were sampled
@@ -10,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import types
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +21,8 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.types import ScoredSamples
+from ddpo_jax.hosts import rows as hosts
+from ddpo_jax.types import ScoredSamples, Spread
 
 SOURCES = ("past", "current", "nothing")
 _FIELDS = tuple(field.name for field in dataclasses.fields(ScoredSamples))
@@ -95,7 +99,8 @@ class Buffer:
         self._epochs = [entry for entry in self._epochs if epoch - entry[0] < self._config.history]
         if not len(current):  # an algorithm that selects may have kept nothing
             return
-        fields = {name: np.asarray(getattr(current, name), dtype) for name, dtype in _DTYPES.items()}
+        fields: Any = {name: value if isinstance(value, Spread) else np.asarray(value, _DTYPES[name])
+                       for name, value in vars(current).items()}  # fmt: skip
         self._epochs.append((epoch, ScoredSamples(**fields)))
         while self.nbytes > self._config.max_gib * 2**30:
             if len(self._epochs) == 1:
@@ -110,19 +115,25 @@ class Buffer:
                 *(1, self._config.max_gib, dropped, self._config.history),
             )
 
-    def state_dict(self) -> dict[str, np.ndarray]:
+    def state_dict(self) -> dict[str, Any]:
         """Everything that is needed to continue: of each field its values and its shape without the leading axis, and
         the epoch of each sample. The arrays are flat, and their lengths alone depend on the content, so that the state
         of an empty buffer is a pattern for that of a full one.
+
+        Of several processes the samples stand in the order of ``hosts.rows.shelf``; the epoch of a filling is -1.
         """
-        samples = _concatenate([entry for _, entry in self._epochs]) if self._epochs else None
-        state = {
-            "epochs": np.array([epoch for epoch, entry in self._epochs for _ in range(len(entry))], np.int64),
-        }
+        state: dict[str, Any] = {"epochs": np.zeros(0, np.int64)}
         for name, dtype in _DTYPES.items():
-            value = np.zeros(0, dtype) if samples is None else getattr(samples, name)
-            state[name] = value.reshape(-1)
-            state[f"{name}_shape"] = np.array(value.shape[1:], np.int64)
+            state |= {name: np.zeros(0, dtype), f"{name}_shape": np.zeros(0, np.int64)}
+        if not self._epochs:
+            return state
+        samples = _concatenate([entry for _, entry in self._epochs])
+        epochs = np.array([epoch for epoch, entry in self._epochs for _ in range(len(entry))], np.int64)
+        order = hosts.shelf(samples.latents)
+        state["epochs"] = np.where(order < 0, -1, epochs[order]) if isinstance(order, np.ndarray) else epochs
+        for name in _FIELDS:
+            value = getattr(samples, name)
+            state |= {name: hosts.shelved(value, order), f"{name}_shape": np.array(value.shape[1:], np.int64)}
         return state
 
     def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
@@ -132,7 +143,9 @@ class Buffer:
         for name in _FIELDS if len(epochs) else ():
             shape = np.asarray(state[f"{name}_shape"]).tolist()
             fields[name] = np.asarray(state[name]).reshape(len(epochs), *shape)
-        self._epochs = [(int(epoch), ScoredSamples(**fields)[epochs == epoch]) for epoch in np.unique(epochs)]
+        self._epochs = [
+            (int(epoch), _claimed(ScoredSamples(**fields)[epochs == epoch])) for epoch in np.unique(epochs[epochs >= 0])
+        ]
 
     def _priority(self, samples: ScoredSamples, age: Int[np.ndarray, " N"], rng: np.random.Generator) -> np.ndarray:
         given = self._rule.priority(samples.rewards, samples.advantages, age, rng, self._config)
@@ -166,4 +179,9 @@ def _descending(priority: Float[np.ndarray, " N"]) -> Int[np.ndarray, " M"]:
 
 
 def _concatenate(parts: list[ScoredSamples]) -> ScoredSamples:
-    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    return parts[0] if len(parts) == 1 else jax.tree.map(lambda *leaves: hosts.concatenate(leaves), *parts)
+
+
+def _claimed(samples: ScoredSamples) -> ScoredSamples:
+    """Samples that every process has read: of what is big each keeps its part."""
+    return dataclasses.replace(samples, latents=hosts.claim(samples.latents), context=hosts.claim(samples.context))

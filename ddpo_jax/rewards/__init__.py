@@ -18,7 +18,9 @@ A reward whose ``fn`` has ``decoupled = {part: weight}`` asks for the sum of tho
 within its prompt, in place of its score's (``reward.normalise`` of ``weighted``).
 
 A reward that waits for others, such as people or a server, may take as long as it likes if its ``fn`` is an object with
-``waits_for_others = True``; then it says in the log what it waits for, and its method ``close()`` ends the wait.
+``waits_for_others = True``; then it says in the log what it waits for, and its method ``close()`` ends the wait. In a
+run of several processes it is made and asked by process 0 alone, for the images of all; any other reward scores in each
+process the images that were drawn there.
 
 A reward with networks declares ``AUTO = {key: (value with the miniature, value with any other model)}`` for the options
 whose default "auto" depends on the model; ``ddpo_jax.config.resolve`` fills them. One that reads only the miniature's

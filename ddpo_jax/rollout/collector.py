@@ -12,14 +12,19 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 
+from ddpo_jax import sharding
+from ddpo_jax.hosts import rows as hosts
+from ddpo_jax.hosts.exchange import gather
 from ddpo_jax.ops import random
 from ddpo_jax.ops.random import Stream
-from ddpo_jax.rewards._shared.groups import joined
+from ddpo_jax.rollout import everywhere
 from ddpo_jax.rollout.sampler import ImageSampler
 from ddpo_jax.rollout.scoring import PendingReward, RewardRunner
-from ddpo_jax.types import Params, Trajectory
+from ddpo_jax.types import HostArray, Params, Trajectory
 
-Drawn = tuple[Trajectory, Array, Array]  # of a batch: trajectories, timestep weights, images; on a device or the host
+# Of a batch, on the devices of this process or on its host: trajectories, timestep weights, images; and the images that
+# the reward is asked for here, which are the same but for a reward that process 0 asks for everyone.
+Drawn = tuple[Trajectory, Array, Array, Array]
 PromptFn = Callable[[np.random.Generator, int], tuple[list[str], list[dict[str, Any]]]]
 
 
@@ -49,17 +54,17 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One epoch's samples and their rewards, on the host."""
+    """One epoch's samples and their rewards, on the hosts."""
 
-    latents: Float[np.ndarray, "N T1 h w c"]  # latents[:, 0] is the initial noise, latents[:, T] is decoded
+    latents: Float[HostArray, "N T1 h w c"]  # latents[:, 0] is the initial noise, latents[:, T] is decoded
     log_prob: Float[np.ndarray, "N T"]  # of latents[:, t + 1] given latents[:, t], under the policy that sampled it
     weights: Float[np.ndarray, "N T"]  # timestep weights, up to a factor for each trajectory
     branch_step: int  # the samples of a prompt share the steps before this one
     prompts: list[str]
-    context: Float[np.ndarray, "N L D"]  # prompt embeddings
+    context: Float[HostArray, "N L D"]  # prompt embeddings
     prompt_ids: Int[np.ndarray, " N"]  # 63-bit hash of the prompt
     group_ids: Int[np.ndarray, " N"]  # equal for the K samples of one draw of a prompt
-    images: UInt8[np.ndarray, "N H W 3"]
+    images: UInt8[HostArray, "N H W 3"]
     rewards: Float[np.ndarray, " N"]
     parts: dict[str, Float[np.ndarray, " N"]]  # of the reward; NaN where a part does not apply
     rollout_s: float  # wall time until the last image was on the host
@@ -114,37 +119,37 @@ class Collector:
         distinct, described = self._prompt_fn(random.generator(plan.seed, epoch, Stream.PROMPTS), n // k)
         prompts = [prompt for prompt in distinct for _ in range(k)]
         metadata = [entry for entry in described for _ in range(k)]
-        starts = range(0, n, plan.batch_size)
+        batches = hosts.batches(n, plan.batch_size)
 
-        def draw(first: int) -> Drawn:
+        def draw(ids: Int[np.ndarray, " B"]) -> Drawn:
             """Starts a batch; nothing of it is there yet."""
-            ids = np.arange(first, first + plan.batch_size, dtype=np.int32)
             roots = ids // k * k if branch_step or plan.shared_noise else ids
-            names = prompts[first : first + plan.batch_size]
-            trajectory, weights = self._sampler.trajectories(params, names, ids, key, roots, branch_step)
-            return trajectory, weights, self._sampler.decode(trajectory.latents[:, -1])
+            texts = [prompts[i] for i in ids]
+            trajectory, weights = self._sampler.trajectories(params, texts, ids, key, roots, branch_step)
+            decoded = self._sampler.decode(trajectory.latents[:, -1])
+            return *sharding.own((trajectory, weights, decoded)), everywhere.asked(self._reward, decoded)
 
-        drawn: list[Drawn] = []
-        pending: list[PendingReward] = []
-        for first, batch in zip(starts, landed(map(draw, starts)), strict=True):
-            rows = slice(first, first + plan.batch_size)
-            pending.append(self._reward.submit(batch[-1], prompts[rows], metadata[rows]))
-            drawn.append(batch)
+        drawn: list[tuple[Trajectory, Array, Array]] = []
+        pending: list[PendingReward | None] = []
+        for ids, (trajectory, weights, decoded, asked) in zip(batches, landed(map(draw, batches)), strict=True):
+            texts, entries = [prompts[i] for i in ids], [metadata[i] for i in ids]
+            pending.append(everywhere.submit(self._reward, asked, texts, entries))
+            drawn.append((trajectory, weights, decoded))
         sampled = time.perf_counter()
-        scores = [batch.result() for batch in pending]
+        rewards, parts = everywhere.collected(pending, batches)
         scored = time.perf_counter()
         trajectories, weights, images = jax.tree.map(lambda *batches: np.concatenate(batches), *drawn)
-        rewards, parts = joined(scores)
+        log_prob, weights = map(np.concatenate, zip(*gather((trajectories.log_prob, weights)), strict=True))
         return Rollout(
-            latents=trajectories.latents,
-            log_prob=trajectories.log_prob,
+            latents=hosts.spread(trajectories.latents),
+            log_prob=log_prob,
             weights=weights,
             branch_step=branch_step,
             prompts=prompts,
-            context=self._sampler.codec.embed(prompts),
+            context=hosts.spread(self._sampler.codec.embed(prompts[hosts.own(n)])),
             prompt_ids=np.asarray([prompt_id(prompt) for prompt in prompts], np.int64),
             group_ids=(np.int64(epoch) << 32) + np.arange(n) // k,
-            images=images,
+            images=hosts.spread(images),
             rewards=rewards,
             parts=parts,
             rollout_s=sampled - start,

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from ddpo_jax import sharding
 from ddpo_jax.diffusion import sampler
 from ddpo_jax.diffusion.policy import Policy
+from ddpo_jax.hosts import rows as hosts
 from ddpo_jax.ops import random
 from ddpo_jax.types import AnyArray, Params, Trajectory
 
@@ -86,7 +87,7 @@ class ImageSampler:
 
         Args:
           params: the trained parameters of the policy that samples, on the mesh.
-          prompts: N texts.
+          prompts: N texts; of them and the ids each process takes its own, as ``hosts.rows.own`` says.
           ids: the samples' numbers.
           key: of all noise.
           root_ids: samples with equal root ids (and prompts) share the initial noise and the steps before
@@ -94,13 +95,13 @@ class ImageSampler:
           branch_step: see ``root_ids``.
         """
         roots = ids if root_ids is None else root_ids
-        context, *samples = self._put(self.codec.embed(prompts), ids.astype(np.int32), roots.astype(np.int32))
+        context, *samples = self._put(prompts, ids.astype(np.int32), roots.astype(np.int32))
         return self.program(params, self.frozen, self.uncond, context, key, *samples, np.int32(branch_step))
 
     def images(
         self, params: Params, prompts: Sequence[str], ids: Int[np.ndarray, " N"], key: Array, batch_size: int
     ) -> UInt8[np.ndarray, "N H W 3"]:
-        """One image of each of N prompts, on the host; arguments as of ``trajectories``.
+        """One image of each of N prompts, on the host of every process; arguments as of ``trajectories``.
 
         ``batch_size`` images are drawn at a time (rounded up to a multiple of the devices). The last batch is filled
         up with images that nobody sees, so that one program serves all.
@@ -111,7 +112,7 @@ class ImageSampler:
             there = range(start, min(start + size, len(prompts)))
             rows = np.resize(there, size)
             trajectory, _ = self.trajectories(params, [prompts[int(row)] for row in rows], ids[rows], key)
-            found.append(np.asarray(self.decode(trajectory.latents[:, -1]))[: len(there)])
+            found.append(sharding.fetch(self.decode(trajectory.latents[:, -1]))[: len(there)])
         return np.concatenate(found)
 
     def continuations(
@@ -124,23 +125,24 @@ class ImageSampler:
         step: int,
     ) -> Float[Array, "N h w c"]:
         """The final latents to which N latents at step ``step`` lead; see ``trajectories`` for the others."""
-        context, *samples = self._put(self.codec.embed(prompts), ids.astype(np.int32), latents)
+        context, *samples = self._put(prompts, ids.astype(np.int32), latents)
         return self._continuations(params, self.frozen, self.uncond, context, key, *samples, np.int32(step))
 
     def predictions(
         self, params: Params, prompts: Sequence[str], latents: Float[AnyArray, "N h w c"], step: int
     ) -> Float[Array, "N h w c"]:
         """The clean latents that the network predicts from N latents at step ``step``; see ``trajectories``."""
-        samples = self._put(self.codec.embed(prompts), latents)
+        samples = self._put(prompts, latents)
         return self._predictions(params, self.frozen, self.uncond, *samples, np.int32(step))
 
     def decode(self, latents: Float[Array, "N h w c"]) -> UInt8[Array, "N H W 3"]:
         """Images of latents, on their device."""
         return self.codec.decode(latents)
 
-    def _put(self, *arrays: AnyArray) -> list[Array]:
-        """Host arrays of N samples on the devices."""
-        return sharding.put_batch([*arrays], self.mesh)
+    def _put(self, prompts: Sequence[str], *arrays: AnyArray) -> list[Array]:
+        """The embeddings of N prompts and arrays of N samples on the devices."""
+        rows = hosts.own(len(prompts))
+        return sharding.put_batch([self.codec.embed(prompts[rows]), *(x[rows] for x in arrays)], self.mesh)
 
     def _compiled(self, function: Callable[..., Any], in_specs: tuple[P, ...]) -> Any:
         """``function(params, frozen, uncond, ...)`` with whole parameters and each device's own samples, compiled."""

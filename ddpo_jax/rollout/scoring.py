@@ -69,11 +69,23 @@ class PendingReward:
         Raises:
           RewardError: they could not be had, or the reward takes longer for a batch than the runner allows.
         """
-        while not self._done.wait(self._runner.time_left()):
-            self._runner.check()
+        self.ready(math.inf)
         if self._output is None:
             raise self._error or RewardError("the batch was dropped, because the run ends")
         return self._output
+
+    def ready(self, seconds: float) -> bool:
+        """Waits for it, so long at most: whether ``result`` returns or raises at once.
+
+        Raises:
+          RewardError: the reward takes longer for a batch than the runner allows.
+        """
+        end = time.monotonic() + seconds
+        while not self._done.wait(min(self._runner.time_left(), max(end - time.monotonic(), 0.0))):
+            self._runner.check()
+            if time.monotonic() >= end:
+                return False
+        return True
 
     def drop(self) -> None:
         """Ends the wait for it, without a result."""
@@ -106,7 +118,8 @@ class RewardRunner:
 
     def __init__(self, fn: RewardFn, *, name: str = "reward", wait_s: float = math.inf):
         self._fn, self._name = fn, name
-        self._wait_s = math.inf if getattr(fn, "waits_for_others", False) else wait_s
+        self.waits_for_others = getattr(fn, "waits_for_others", False)
+        self._wait_s = math.inf if self.waits_for_others else wait_s
         self._queue: queue.SimpleQueue[PendingReward | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._closed = False

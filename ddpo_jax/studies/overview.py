@@ -53,6 +53,7 @@ def overview(panels: Sequence[Panel], difference: float | None = None) -> dict[s
     rising = [gains.mean() > 0 for gains in theirs]
     methods: dict[str, Any] = {}
     for name in shared:
+        gain: statistics.Estimate | None
         ours = [panel.gains(name) for panel in panels]
         if all(name == panel.baseline for panel in panels):
             gain, wins = statistics.Estimate(1.0, None), statistics.Estimate(0.5, None)

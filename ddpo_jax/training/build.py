@@ -29,9 +29,10 @@ from ddpo_jax.prompts import make_prompts
 from ddpo_jax.replay.buffer import Buffer
 from ddpo_jax.rewards._shared.check import RewardFn
 from ddpo_jax.rewards._shared.groups import in_groups
+from ddpo_jax.rollout import everywhere
 from ddpo_jax.rollout.collector import Collector, Plan
 from ddpo_jax.rollout.sampler import ImageSampler, Weighting
-from ddpo_jax.rollout.scoring import RewardRunner, make_reward
+from ddpo_jax.rollout.scoring import RewardRunner
 from ddpo_jax.training.evaluation import Evaluation
 from ddpo_jax.training.learner import Learner, Objective, TrainState, make_optimizer
 from ddpo_jax.training.value import ValueLearner
@@ -135,7 +136,7 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.fsdp) if mesh is None else mesh
     algorithm, weighting, traits = members.algorithm, members.weighting, members.traits(config)
     there = None if model is not None and _is_shape(model.params, model.frozen) else mesh
-    reward = make_reward(config.reward, members.reward, there)
+    reward = everywhere.make(config.reward, members.reward, there)
     grouped = in_groups(reward, config.prompts.samples_per_prompt, config.reward.name)
     check_reward(reward, config, traits)
     prompt_fn = make_prompts(config.prompts, members.prompts)
@@ -184,7 +185,7 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh, rules)
     evaluation = None
     if config.log.evaluate_every:
-        others = {name: make_reward(*other_reward(config, name), there) for name in config.log.evaluate_also}
+        others = {name: everywhere.make(*other_reward(config, name), there) for name in config.log.evaluate_also}
         rewards = {"reward": reward} | others
         sizes = config.log.evaluate_images, config.sample.batch_size, config.log.evaluate_every
         evaluation = Evaluation(sampler, prompt_fn, rewards, *sizes)
@@ -257,6 +258,8 @@ def describe(parts: Parts, config: ConfigDict) -> str:
 
     table = parameter_overview.get_parameter_overview(parts.model.params, include_stats=False, max_lines=12)
     devices = f"{parts.mesh.size} x {jax.devices()[0].device_kind}"
+    if jax.process_count() > 1:
+        devices += f" of {jax.process_count()} processes"
     chosen: dict[str, Any] = {
         "model": config.model,
         "devices": devices,

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from ddpo_jax import sharding
 from ddpo_jax.errors import RunFailure
+from ddpo_jax.hosts import rows as hosts
 from ddpo_jax.ops import random, steps
 from ddpo_jax.ops.advantages import PromptStats, decoupled, zscore
 from ddpo_jax.ops.random import Stream
@@ -127,7 +128,7 @@ def optimise(
             weigh_penalty=config.weighting.kl,
         ):
             pairs += int(np.count_nonzero(batch.mask))
-            batch = sharding.put_batch(batch, parts.mesh)
+            batch = sharding.put_batch(hosts.home(hosts.settled(batch)), parts.mesh)
             state, batch, fitted = fit_value(parts, state, batch)
             state, out = parts.learner.update(state, parts.model.reference, parts.model.frozen, parts.uncond, batch)
             log.append(out | fitted)
@@ -192,12 +193,12 @@ def value_advantages(
     They are the reward minus the value, as a mean over the trained steps.
     """
     columns = np.flatnonzero(parts.trained_steps).astype(np.int32)
-    values = []
-    for start in range(0, len(samples), batch_size):
-        chunk = samples[start : start + batch_size]
-        batch = batching.minibatch(np.random.default_rng(0), chunk, np.tile(columns, (len(chunk), 1)))
-        values.append(jax.device_get(value.predict(state.value, sharding.put_batch(batch, parts.mesh))).mean(axis=1))
-    return samples.rewards - np.concatenate(values)
+    values = np.zeros_like(samples.rewards)
+    for rows in hosts.batches(len(samples), batch_size):
+        batch = batching.minibatch(np.random.default_rng(0), samples[rows], np.tile(columns, (len(rows), 1)))
+        predicted = value.predict(state.value, sharding.put_batch(hosts.home(batch), parts.mesh))
+        values[rows] = sharding.fetch(predicted).mean(axis=1)
+    return samples.rewards - values
 
 
 def recompute(
@@ -210,13 +211,11 @@ def recompute(
     """
     columns = np.flatnonzero(parts.trained_steps).astype(np.int32)
     log_prob = samples.log_prob.copy()
-    for start in range(0, len(samples), batch_size):
-        rows = slice(start, start + batch_size)
-        batch = batching.minibatch(rng, samples[rows], np.tile(columns, (len(samples[rows]), 1)))
-        terms = parts.learner.log_prob(
-            state.params, parts.model.reference, parts.model.frozen, parts.uncond, sharding.put_batch(batch, parts.mesh)
-        )
-        log_prob[rows, columns] = jax.device_get(terms.log_prob)
+    for rows in hosts.batches(len(samples), batch_size):
+        batch = batching.minibatch(rng, samples[rows], np.tile(columns, (len(rows), 1)))
+        batch = sharding.put_batch(hosts.home(batch), parts.mesh)
+        terms = parts.learner.log_prob(state.params, parts.model.reference, parts.model.frozen, parts.uncond, batch)
+        log_prob[np.ix_(rows, columns)] = sharding.fetch(terms.log_prob)
     return log_prob
 
 

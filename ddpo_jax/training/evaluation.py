@@ -20,8 +20,9 @@ from jaxtyping import Float, UInt8
 from ddpo_jax.errors import RunFailure
 from ddpo_jax.ops import random
 from ddpo_jax.ops.random import Stream
-from ddpo_jax.rewards._shared.check import RewardError, RewardFn, call
+from ddpo_jax.rewards._shared.check import RewardError, RewardFn
 from ddpo_jax.rewards._shared.groups import in_groups
+from ddpo_jax.rollout import everywhere
 from ddpo_jax.rollout.sampler import ImageSampler
 from ddpo_jax.types import Params
 
@@ -128,7 +129,7 @@ class Evaluation:
         images = self._sampler.images(params, self._prompts, ids, jax.random.key(SEED), self._batch_size)
         found: Scores = {}
         for name, reward in self._rewards.items():
-            values, parts = call(reward, images, self._prompts, self._metadata, name)
+            values, parts = everywhere.score(reward, images, self._prompts, self._metadata, name, PER_PROMPT)
             found |= {name: values} | {f"{name}/{part}": numbers for part, numbers in parts.items()}
         return found | {"diversity": diversity(images)}
 

@@ -48,8 +48,8 @@ class TrainState:
 class Minibatch:
     """The samples of one update, with the (sample, step) pairs to train. Leading axis N everywhere."""
 
-    latents: Float[AnyArray, "N T1 h w c"]
-    context: Float[AnyArray, "N L D"]
+    latents: Float[Any, "N T1 h w c"]  # AnyArray, or Spread until it is put on the devices
+    context: Float[Any, "N L D"]
     old_log_prob: Float[AnyArray, "N T"]
     advantages: Float[AnyArray, " N"]
     rewards: Float[AnyArray, " N"]

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 
 import jax
 from absl import logging
 
 from ddpo_jax import sharding
+from ddpo_jax.config.keys import to_json
 from ddpo_jax.config.ready import Ready
 from ddpo_jax.config.validate import doubts
 from ddpo_jax.errors import InputError, Interrupted, RunFailure
+from ddpo_jax.hosts import exchange
+from ddpo_jax.hosts import rows as hosts
+from ddpo_jax.hosts.runtime import others_alive
 from ddpo_jax.ops.advantages import PromptStats
 from ddpo_jax.rollout.scoring import RewardError
 from ddpo_jax.training.build import build, describe
 from ddpo_jax.training.epoch import branch_step, refresh, update
+from ddpo_jax.training.record import Record
 from ddpo_jax.training.state import restore, save, show_fixed
-from ddpo_jax.training.watch import Watch
-from ddpo_jax.workdir import checkpoint, metrics
+from ddpo_jax.workdir import checkpoint
 from ddpo_jax.workdir.folder import Signals, finish, refuse_other_run
 from ddpo_jax.workdir.lock import Lock
-from ddpo_jax.workdir.tracker import Tracker
 
 
 def train(ready: Ready, workdir: pathlib.Path) -> None:
@@ -31,13 +35,19 @@ def train(ready: Ready, workdir: pathlib.Path) -> None:
       RunFailure: something broke in mid-run; the last complete epoch is saved.
       Interrupted: a signal asked to stop; the last complete epoch is saved.
     """
-    with Lock(workdir) as lock:
-        refuse_other_run(ready.config, workdir)
-        if _train(ready, workdir, lock):
-            finish(workdir)
+    exchange.require_same("config", to_json(ready.config))
+    with contextlib.ExitStack() as stack:
+        lock = None
+        with exchange.together(InputError, RunFailure):
+            if exchange.is_first():
+                lock = stack.enter_context(Lock(workdir))
+                refuse_other_run(ready.config, workdir)
+        with others_alive():
+            if _train(ready, workdir, lock) and exchange.is_first():
+                finish(workdir)
 
 
-def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
+def _train(ready: Ready, workdir: pathlib.Path, lock: Lock | None) -> bool:
     """Whether there is something to show: not if the run was finished before and its curve is there."""
     config = ready.config
     parts = build(ready)
@@ -55,19 +65,15 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
         logging.info("%s", describe(parts, config))
         for doubt in doubts(config, parts.traits):
             logging.warning("%s", doubt)
-        watch = Watch(workdir, config.log, parts.reward.waits_for)
-        tracker = Tracker(workdir, config.log.wandb, config) if config.log.wandb else None
-        with metrics.Writer(workdir, start, tracker) as writer, watch:
-            progress = metrics.Progress(config.num_epochs, start)
+        with Record(workdir, lock, start, config, parts.reward.waits_for) as record:
             if start == 0:
-                show_fixed(writer, parts, config, state, 0)
+                show_fixed(record, parts, config, state, 0)
             for epoch in range(start, config.num_epochs):
-                if signals.received:  # before the first epoch began
-                    raise Interrupted(signals.received, f"stopped before epoch {epoch}; the same command goes on there")
-                with signals.stoppable(), watch.epoch(epoch):
+                if signal := max(exchange.gather(signals.received)):  # of one process: all stop before the same epoch
+                    raise Interrupted(signal, f"stopped before epoch {epoch}; the same command goes on there")
+                with signals.stoppable(), record.epoch(epoch):
                     try:
-                        progress.phase("sampling")
-                        watch.stage("sampling")
+                        record.stage("sampling")
                         state, behaviour = refresh(state, parts.traits, epoch)
                         branch = branch_step(parts, config, epoch)
                         rollout = parts.collector.collect(epoch, behaviour, branch)
@@ -77,30 +83,26 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock) -> bool:
                         raise RunFailure(
                             f"epoch {epoch}: {error}; the epochs before are saved, the same command goes on from here"
                         ) from error
-                    progress.phase("updating")
-                    watch.stage("updating")
+                    record.stage("updating")
                     # Only what is put on the devices on purpose goes there; anything else would wait for them.
                     with jax.transfer_guard_host_to_device("disallow"):
                         state, row = update(parts, config, state, stats, rollout, epoch)
                     if parts.evaluation:
                         row |= parts.evaluation.after(epoch + 1, config.num_epochs, state.params)
-                watch.stage("writing")
-                lock.check()
-                row |= watch.row(len(rollout.prompts))
+                record.stage("writing")
                 row = {"epoch": epoch, "reward_queries": (epoch + 1) * len(rollout.prompts)} | row
-                writer.write(row)
+                record.row(row, len(rollout.prompts))
                 if config.log.images_every and epoch % config.log.images_every == 0:
                     shown = slice(config.log.num_images)
-                    writer.images(epoch, rollout.images[shown], rollout.prompts[shown], rollout.rewards[shown])
+                    images = hosts.whole(rollout.images[shown])
+                    record.images(epoch, images, rollout.prompts[shown], rollout.rewards[shown])
                 last = epoch + 1 == config.num_epochs
                 if last:  # before the save: a process that is killed here draws them when it resumes
-                    show_fixed(writer, parts, config, state, epoch + 1)
-                watch.stage("saving")
-                save(saver, parts, state, stats, epoch + 1, row["reward/mean"], force=last or signals.received > 0)
-                progress.update(row)
-                if signals.received:
-                    raise Interrupted(
-                        signals.received, f"stopped after epoch {epoch}; the same command goes on from there"
-                    )
-            progress.close()
+                    show_fixed(record, parts, config, state, epoch + 1)
+                record.stage("saving")
+                signal = max(exchange.gather(signals.received))
+                save(saver, parts, state, stats, epoch + 1, row["reward/mean"], force=last or signal > 0)
+                record.done(row)
+                if signal:
+                    raise Interrupted(signal, f"stopped after epoch {epoch}; the same command goes on from there")
     return True

@@ -9,7 +9,8 @@ from ml_collections import ConfigDict
 from ddpo_jax.ops.advantages import PromptStats
 from ddpo_jax.training.build import Parts
 from ddpo_jax.training.learner import TrainState
-from ddpo_jax.workdir import checkpoint, metrics
+from ddpo_jax.training.record import Record
+from ddpo_jax.workdir import checkpoint
 
 
 def saved_arrays(parts: Parts, state: TrainState, stats: PromptStats) -> dict[str, Any]:
@@ -42,8 +43,8 @@ def restore(saver: checkpoint.Checkpointer, parts: Parts, stats: PromptStats) ->
     return arrays["state"], epochs
 
 
-def show_fixed(writer: metrics.Writer, parts: Parts, config: ConfigDict, state: TrainState, epochs: int) -> None:
+def show_fixed(record: Record, parts: Parts, config: ConfigDict, state: TrainState, epochs: int) -> None:
     """Shows what the policy after ``epochs`` epochs makes of the run's fixed prompts, unless no images are wanted."""
     if config.log.images_every:
         images, prompts = parts.collector.fixed(state.params, config.log.num_images)
-        writer.fixed(epochs, images, prompts)
+        record.fixed(epochs, images, prompts)

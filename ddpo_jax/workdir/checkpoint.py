@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from ddpo_jax.errors import InputError, Interrupted, RunFailure, one_line
+from ddpo_jax.hosts import exchange
 from ddpo_jax.workdir import checksums, files, named
 from ddpo_jax.workdir.checksums import Damaged
 
@@ -57,7 +58,7 @@ class Checkpointer:
                 raise InputError(f"{key}: received {value}; expected an integer of at least 1")
         self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
         self._every, self._keep, self._read_only = every, keep, read_only
-        self._held: tuple[int, dict[str, Any], float] | None = None  # arguments of ``_write``: not on disk yet
+        self._held: tuple[int, dict[str, Any], float] | None = None  # for ``_write``: not on disk yet
         if read_only and not self.folder.is_dir():
             raise InputError(f"checkpoints: no folder {self.folder}; give the --workdir of a run that has saved")
         try:
@@ -116,9 +117,7 @@ class Checkpointer:
                 return False
             stored = named.to_stored(arrays)
             if not force and epoch % self._every:
-                copies = {
-                    name: np.array(leaf) if isinstance(leaf, jax.Array) else leaf for name, leaf in stored.items()
-                }
+                copies = {name: named.to_host(leaf) for name, leaf in stored.items()}
                 self._held = (epoch, copies, reward_mean)
                 return False
             self._held = None
@@ -189,10 +188,11 @@ class Checkpointer:
     def _set_aside(self, epoch: int) -> None:
         if not self._read_only:
             aside = self.folder / f"{epoch}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
-            with self._writing():
-                os.rename(self.folder / str(epoch), aside)
-                self._manager.reload()
+            with exchange.together(RunFailure), self._writing():
+                if exchange.is_first():
+                    shutil.rmtree(aside, ignore_errors=True)
+                    os.rename(self.folder / str(epoch), aside)
+            self._manager.reload()
 
     def restore_epoch(self, epoch: int, like: Any) -> Any:
         """The arrays of one checkpoint; see ``restore``.
@@ -225,9 +225,13 @@ class Checkpointer:
         folder = self.folder / str(epoch)
         if epoch not in self._manager.all_steps():
             raise InputError(f"checkpoints: no epoch {epoch} in {self.folder}; there are: {self.epochs()}")
-        verified = checksums.verify(folder / "arrays")
-        if not verified and not (folder / "meta").is_dir():  # which the versions wrote that wrote no checksums
-            raise Damaged(f"checkpoint {folder} is damaged: arrays/{checksums.FILE} is missing")
+        verified = False
+        with exchange.together(Damaged):
+            if exchange.is_first():
+                verified = checksums.verify(folder / "arrays")
+                if not verified and not (folder / "meta").is_dir():  # which versions wrote that wrote no checksums
+                    raise Damaged(f"checkpoint {folder} is damaged: arrays/{checksums.FILE} is missing")
+        verified = exchange.gather(verified)[0]
         try:
             yield
         except InputError:
@@ -297,12 +301,15 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None and not _of_all(error):
+            return  # to wait for processes that are gone, or go on without this one, may take for ever
         try:
             try:
                 if error is not None and self._held is not None:
                     with self._writing():
                         self._make_again()
-                        self._write(*self._held)
+                        epoch, copies, reward = self._held
+                        self._write(epoch, {name: copy() for name, copy in copies.items()}, reward)
             finally:
                 self.close()
         except RunFailure as failure:
@@ -312,12 +319,19 @@ class Checkpointer:
                 raise RunFailure(f"{error}; but {failure}") from error
 
 
+def _of_all(error: BaseException) -> bool:
+    """Whether all processes of the run end by this error, so that they can still write together."""
+    stopped = isinstance(error, Interrupted) and not error.at_once
+    return jax.process_count() == 1 or stopped or isinstance(error, InputError | RunFailure)
+
+
 class _Arrays(ocp.PyTreeCheckpointHandler):
     """Writes checksums beside the arrays, as part of what is renamed when it is complete."""
 
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
-        checksums.write(pathlib.Path(directory))
+        if exchange.is_first():
+            checksums.write(pathlib.Path(directory))
 
 
 def _cause(error: BaseException) -> str:

@@ -164,7 +164,8 @@ class Signals:
         elif self._stoppable:
             self._stoppable = False
             waiting = f" while it waited for {waits_for}" if waits_for else ""
-            raise Interrupted(number, f"stopped at once{waiting}; the same command goes on from the last saved epoch")
+            text = f"stopped at once{waiting}; the same command goes on from the last saved epoch"
+            raise Interrupted(number, text, at_once=True)
         else:
             logging.warning("received %s: the run ends as soon as it is saved", name)
 

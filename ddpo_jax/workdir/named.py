@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,6 +30,18 @@ def to_stored(tree: Any) -> dict[str, Any]:
         if leaf.size:
             stored[name] = leaf
     return stored
+
+
+def to_host(leaf: Any) -> Callable[[], Any]:
+    """A function that gives ``leaf`` back as it is now; a jax array is kept in host memory until then."""
+    if not isinstance(leaf, jax.Array):
+        return lambda: leaf
+    if leaf.is_fully_addressable or leaf.is_fully_replicated:
+        whole = np.array(leaf)
+        return lambda: whole
+    parts = {str(shard.index): np.array(shard.data) for shard in leaf.addressable_shards}
+    shape, where = leaf.shape, leaf.sharding
+    return lambda: jax.make_array_from_callback(shape, where, lambda index: parts[str(index)])
 
 
 def is_empty(leaf: Any) -> bool:
