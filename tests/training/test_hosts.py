@@ -29,6 +29,7 @@ SETTINGS = {
     "mesh.data": -1,
 }
 
+SECOND_EPOCH = "4"  # the reward's call: after one for the untrained model, two batches of epoch 0 and its evaluation
 GONE = "process {} of 2 is gone or cannot be reached"
 FIELDS = [field.name for field in dataclasses.fields(ScoredSamples)]
 
@@ -155,7 +156,7 @@ def test_a_reward_that_waits_for_others_is_asked_by_process_0_alone(starter, com
     argv = command(tmp_path / "run", num_epochs=1, **{"reward.name": "tiny_reward:patient"})
     runs = start(starter, argv, 2, environment={0: calls, 1: calls})
     assert [run.wait(120) for run in runs] == [0, 0], runs[0].output
-    assert (tmp_path / "calls").read_text() == f"{runs[0].pid} 8\n" * 2  # every batch, whole
+    assert (tmp_path / "calls").read_text() == f"{runs[0].pid} 8\n" * 4  # both batches and both evaluations, whole
     assert rows(tmp_path / "run")[0] == pytest.approx(rows(alone)[0], rel=2e-4, abs=2e-6)
 
 
@@ -195,7 +196,7 @@ def test_four_processes_write_and_one_or_eight_devices_go_on(starter, command, a
 def test_a_process_that_dies_ends_the_others_and_nothing_is_lost(starter, command, pair, alone, tmp_path):
     """Process 1 is killed in the second epoch: process 0 ends within ten seconds, and says why."""
     workdir = tmp_path / "run"
-    first, second = start(starter, command(workdir), 2, environment={1: {"TINY_KILL_AT": "2"}})
+    first, second = start(starter, command(workdir), 2, environment={1: {"TINY_KILL_AT": SECOND_EPOCH}})
     assert second.wait(120) == -signal.SIGKILL
     died = time.monotonic()
     assert first.wait(40) == 1
@@ -208,7 +209,7 @@ def test_a_process_that_dies_ends_the_others_and_nothing_is_lost(starter, comman
 
 def test_a_process_that_dies_ends_others_that_wait_for_their_reward(starter, command, pair, tmp_path):
     """Process 0 is killed while process 1 computes nothing."""
-    first, second = start(starter, command(tmp_path / "run"), 2, environment={1: {"TINY_HANG_AT": "2"}})
+    first, second = start(starter, command(tmp_path / "run"), 2, environment={1: {"TINY_HANG_AT": SECOND_EPOCH}})
     first.wait_for("epoch 1/2")
     first.signal(signal.SIGKILL)
     assert second.wait(10) == 1
@@ -227,7 +228,7 @@ def test_a_signal_to_one_stops_all_after_the_same_epoch(starter, command, pair, 
 
 
 def test_what_one_process_fails_at_ends_all(starter, command, pair, tmp_path):
-    runs = start(starter, command(tmp_path / "run"), 2, environment={1: {"TINY_FAIL_AT": "2"}})
+    runs = start(starter, command(tmp_path / "run"), 2, environment={1: {"TINY_FAIL_AT": SECOND_EPOCH}})
     assert [run.wait(120) for run in runs] == [1, 1]
     for each in runs:
         (line,) = each.lines()
