@@ -144,7 +144,9 @@ def main(argv: Sequence[str]) -> None:
     with parts.reward:
         if rewards:
             rows = benchmark.epoch_rows(config, parts, parts.init(), args.repeats)
-            rows += random_rewards.speed(rewards, args.repeats)
+            for what, value, unit in random_rewards.speed(rewards, args.repeats):
+                print(f"{what}: {value:.4g} {unit}", file=sys.stderr, flush=True)  # the next may take minutes
+                rows.append((what, value, unit))
             print(benchmark.report(header, rows, args.json))
             return
         rows = benchmark.measure(config, parts, args.repeats, capacity.work(config, size) if size else None)

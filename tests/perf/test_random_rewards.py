@@ -101,7 +101,9 @@ def test_the_command_prints_both(monkeypatch, capsys):
     monkeypatch.setattr(benchmark, "epoch_rows", lambda config, parts, state, repeats: [row])
     monkeypatch.setattr(random_rewards, "speed", lambda names, repeats: [(name, repeats, "images/s") for name in names])
     assert cli.run(command_line.main, ["--rewards=jpeg_compressibility,aesthetic", "--repeats=2"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    assert printed.err.splitlines() == ["jpeg_compressibility: 2 images/s", "aesthetic: 2 images/s"]  # as they come
+    lines = printed.out.splitlines()
     assert [line.split()[-1] for line in lines[1:]] == ["%", "images/s", "images/s"]
     assert "aesthetic" in lines[-1]
 
