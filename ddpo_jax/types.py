@@ -122,9 +122,7 @@ class Traits:
         hold for any sampler.
       group: the baseline or the loss compares samples of a prompt: 2 or more of each, kept together in a minibatch. In
         replay they are kept together only where the loss couples them: a baseline is in their advantages already.
-      per_prompt: advantages, or the loss, compare a sample with others of its prompt, of this rollout or of earlier
-        ones; what all samples of a prompt have in common does not matter. Only then may a reward be standardised
-        within prompts (``reward.normalise``).
+      prompt_stats: the advantages compare a sample with what its prompt earned recently (``PromptStats``).
       standardized: advantages are in standard deviations of the reward, so ``adv_clip_max`` applies to them.
       shared_noise: all samples of a prompt in a rollout start from the same initial noise.
       branching: a rollout shares the first steps of a prompt's samples; the module has ``interval`` and ``select``.
@@ -140,7 +138,7 @@ class Traits:
     separable: bool = True
     on_policy: bool = False
     group: bool = False
-    per_prompt: bool = True
+    prompt_stats: bool = False
     standardized: bool = True
     shared_noise: bool = False
     branching: bool = False
@@ -153,6 +151,11 @@ class Traits:
     def whole_groups(self) -> bool:
         """Whether the samples of a prompt must be replayed together: the loss itself compares them."""
         return self.group and not self.separable
+
+    @property
+    def per_prompt(self) -> bool:
+        """Whether what all samples of a prompt have in common does not matter: rewards may be standardised in it."""
+        return self.group or self.prompt_stats
 
     @property
     def importance_ratio(self) -> bool:

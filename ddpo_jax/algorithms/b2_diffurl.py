@@ -37,7 +37,7 @@ def traits(config: ConfigDict) -> Traits:
     options.check(config, positive=("clip_range", "start_fraction"), non_negative=("history",))
     if config.start_fraction > 1:
         raise InputError(options.fault(config, "start_fraction", "it must be at most 1 (all steps)", "0.7"))
-    return Traits(terms=frozenset({"log_prob"}), branching=True)
+    return Traits(terms=frozenset({"log_prob"}), prompt_stats=True, branching=True)
 
 
 def interval(stage: int, num_stages: int, num_steps: int, config: ConfigDict) -> int:

@@ -39,7 +39,7 @@ def default_config() -> ConfigDict:
 def traits(config: ConfigDict) -> Traits:
     """What the loss reads; the trajectory-level ratio couples the steps."""
     options.check(config, choices=CHOICES, positive=("buffer_size", "min_count"))
-    return Traits(terms=frozenset({"log_prob"}), separable=config.ratio_level == "step")
+    return Traits(terms=frozenset({"log_prob"}), separable=config.ratio_level == "step", prompt_stats=True)
 
 
 def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, config: ConfigDict) -> np.ndarray:

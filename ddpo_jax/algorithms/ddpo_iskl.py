@@ -38,7 +38,7 @@ def default_config() -> ConfigDict:
 def traits(config: ConfigDict) -> Traits:
     """The loss is coupled: the penalty sums over the steps before it squares."""
     options.check(config, choices=CHOICES, positive=("buffer_size", "min_count"), non_negative=("kl_coef",))
-    return Traits(terms=frozenset({"log_prob", "ref_log_prob"}), separable=False)
+    return Traits(terms=frozenset({"log_prob", "ref_log_prob"}), separable=False, prompt_stats=True)
 
 
 def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, config: ConfigDict) -> np.ndarray:

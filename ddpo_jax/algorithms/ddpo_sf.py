@@ -30,7 +30,7 @@ def default_config() -> ConfigDict:
 def traits(config: ConfigDict) -> Traits:
     """On-policy: there is no importance ratio, so a rollout serves one update rightly and nothing is replayed."""
     options.check(config, positive=("buffer_size", "min_count"))
-    return Traits(terms=frozenset({"log_prob"}), on_policy=True)
+    return Traits(terms=frozenset({"log_prob"}), on_policy=True, prompt_stats=True)
 
 
 def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, config: ConfigDict) -> np.ndarray:

@@ -42,7 +42,6 @@ def traits(config: ConfigDict) -> Traits:
     penalty = "kl" if config.kl_form == "gaussian" else "noise_mse"
     return Traits(
         terms=frozenset({"log_prob", "value", penalty}),
-        per_prompt=False,
         standardized=False,
         value_updates=config.value_updates,
         value_learning_rate=config.value_learning_rate,

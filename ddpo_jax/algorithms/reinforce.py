@@ -23,7 +23,7 @@ def default_config() -> ConfigDict:
 
 def traits(config: ConfigDict) -> Traits:
     """On-policy. The advantages are raw rewards, which a clip in standard deviations must not touch."""
-    return Traits(terms=frozenset({"log_prob"}), on_policy=True, per_prompt=False, standardized=False)
+    return Traits(terms=frozenset({"log_prob"}), on_policy=True, standardized=False)
 
 
 def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, config: ConfigDict) -> np.ndarray:

@@ -29,7 +29,7 @@ def default_config() -> ConfigDict:
 def traits(config: ConfigDict) -> Traits:
     """On-policy. The advantages are in units of the reward."""
     options.check(config, positive=("buffer_size", "min_count"))
-    return Traits(terms=frozenset({"log_prob"}), on_policy=True, standardized=False)
+    return Traits(terms=frozenset({"log_prob"}), on_policy=True, prompt_stats=True, standardized=False)
 
 
 def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, config: ConfigDict) -> np.ndarray:

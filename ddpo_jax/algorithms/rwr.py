@@ -45,7 +45,6 @@ def traits(config: ConfigDict) -> Traits:
     return Traits(
         terms=frozenset({"denoise_mse"}),
         group=config.softmax_over == "prompt",
-        per_prompt=config.softmax_over == "prompt",
         standardized=False,
         refresh_every=config.refresh_every,
     )

@@ -34,9 +34,7 @@ def traits(config: ConfigDict) -> Traits:
     options.check(config, choices=CHOICES, non_negative=("refresh_every",))
     if config.threshold_by == "percentile" and not 0 <= config.threshold <= 100:
         raise InputError(options.fault(config, "threshold", "a percentile must be 0 to 100", "90.0"))
-    return Traits(
-        terms=frozenset({"denoise_mse"}), per_prompt=False, standardized=False, refresh_every=config.refresh_every
-    )
+    return Traits(terms=frozenset({"denoise_mse"}), standardized=False, refresh_every=config.refresh_every)
 
 
 def advantages(rewards: np.ndarray, prompt_ids: np.ndarray, stats: PromptStats, config: ConfigDict) -> np.ndarray:
