@@ -118,7 +118,8 @@ def cell(estimate: Mapping[str, Any]) -> str:
 
 def plot(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
     """A panel each: 0 is the untrained model, 1 where the baseline ends; shaded: one standard deviation over seeds."""
-    with show.plot(path, len(panels), (4.6, 3.4), min(COLUMNS, len(panels))) as every:
+    columns = 2 if len(panels) == 4 else min(COLUMNS, len(panels))
+    with show.plot(path, len(panels), (4.6, 3.4), columns) as every:
         for axes, panel in zip(every, panels, strict=True):
             zero = np.mean([curve.values[0] for runs in panel.runs.values() for curve in runs])
             unit = curves.average(panel.runs[panel.baseline]).mean[-1] - zero
