@@ -117,7 +117,7 @@ TRAINING = """#!/usr/bin/env bash
 if [ "$1" = --help ]; then exit; fi
 printf '%s\\n' "$@" >arguments
 trap 'echo saved >saved; exit 143' TERM
-while :; do sleep 0.05; done
+while [ -e arguments ]; do sleep 0.05; done  # until its host is taken away
 """
 
 
