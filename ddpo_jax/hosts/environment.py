@@ -123,7 +123,7 @@ def _explicit(said_by: str, address: str, processes: int, rank: int) -> Launch |
 
 
 def _first_node(nodes: str) -> str:
-    """The first of ``node[001-003,7],other``: ``node001``."""
+    """The first of ``gpu[08-11,7],other``: ``gpu08``."""
     found = re.match(r"([^,\[]*)(?:\[([^,\-\]]*))?", nodes)
     return "".join(part or "" for part in found.groups()) if found else nodes
 

@@ -105,6 +105,8 @@ def command(*argv):
 
 
 def test_a_trained_unet_becomes_a_folder_that_torch_samples_alike(runs, base, tmp_path, capsys):
+    runs(0)
+    capsys.readouterr()  # what training says
     assert command(f"--workdir={runs(0)}", f"--out={tmp_path}") == 0
     printed = capsys.readouterr().out
     assert printed.count("\n") == 1 and "epoch 1 of" in printed and str(tmp_path) in printed

@@ -13,7 +13,7 @@ SKYPILOT = {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2\n", "SKYPILOT_NUM_NODES": "
 JOBSET = {"JOBSET_NAME": "ddpo", "REPLICATED_JOB_NAME": "workers", "JOB_COMPLETION_INDEX": "2", "NNODES": "3"}
 SLURM = {
     "SLURM_JOB_ID": "77",
-    "SLURM_STEP_NODELIST": "node[001-002]",
+    "SLURM_STEP_NODELIST": "gpu[08-09]",
     "SLURM_NTASKS": "2",
     "SLURM_PROCID": "0",
     "SLURM_LOCALID": "0",
@@ -38,11 +38,11 @@ def found(address, count, rank, devices=None):
         (SKYPILOT, "SKYPILOT_NODE_IPS", found("10.0.0.1:8476", 2, 1)),
         (SKYPILOT | {"JAX_COORDINATOR_PORT": "9"}, "SKYPILOT_NODE_IPS", found("10.0.0.1:9", 2, 1)),
         (JOBSET, "JOBSET_NAME", found("ddpo-workers-0-0.ddpo:8476", 3, 2)),
-        (SLURM, "Slurm", found("node001:61594", 2, 0)),
+        (SLURM, "Slurm", found("gpu08:61594", 2, 0)),
         (SLURM | {"SLURM_STEP_NODELIST": "gpu-3,gpu-7", "SLURM_PROCID": "1"}, "Slurm", found("gpu-3:61594", 2, 1)),
         (SLURM | {"SLURM_STEP_NODELIST": "n[7,9-12]", "JAX_COORDINATOR_PORT": "5"}, "Slurm", found("n7:5", 2, 0)),
-        (SLURM | TASKS, "Slurm", found("node001:61594", 8, 5, [1])),  # one of four tasks of a node
-        (SLURM | TASKS | {"CUDA_VISIBLE_DEVICES": "0"}, "Slurm", found("node001:61594", 8, 5)),  # Slurm chose it
+        (SLURM | TASKS, "Slurm", found("gpu08:61594", 8, 5, [1])),  # one of four tasks of a node
+        (SLURM | TASKS | {"CUDA_VISIBLE_DEVICES": "0"}, "Slurm", found("gpu08:61594", 8, 5)),  # Slurm chose it
     ],
 )
 def test_launchers(variables, said_by, arguments):

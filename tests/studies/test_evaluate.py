@@ -9,6 +9,7 @@ import pytest
 import tiny
 from PIL import Image
 
+from ddpo_jax import sharding
 from ddpo_jax.commands import _cli as cli
 from ddpo_jax.commands import evaluate as command_line
 from ddpo_jax.config import choose
@@ -65,7 +66,7 @@ def painted(monkeypatch):
             ]
             return np.tile(np.array(shades, np.uint8)[:, None, None, None], (1, 8, 8, 3))
 
-        return types.SimpleNamespace(images=images)
+        return types.SimpleNamespace(images=images, rules=sharding.DEFAULT_RULES)
 
     monkeypatch.setattr(evaluate, "make_sampler", make_sampler)
 

@@ -35,7 +35,7 @@ class Run:
     """Epochs of a run whose learner writes down the samples of its minibatches: ``(rewards, latents' mark)``."""
 
     def __init__(self, *, replay="hard", k=3, updates="one", batch_size=2, value=False, **config):
-        section = {"name": replay, "k": k, "history": 3, "updates": updates}
+        section = {"name": replay, "k": k, "history": 3, "updates": updates, "max_gib": 1.0}
         self.config = ConfigDict(
             {
                 "seed": 0,
