@@ -131,10 +131,10 @@ class Collector:
 
         drawn: list[tuple[Trajectory, Array, Array]] = []
         pending: list[PendingReward | None] = []
-        for ids, (trajectory, weights, decoded, asked) in zip(batches, landed(map(draw, batches)), strict=True):
+        for ids, (trajectory, factors, decoded, asked) in zip(batches, landed(map(draw, batches)), strict=True):
             texts, entries = [prompts[i] for i in ids], [metadata[i] for i in ids]
             pending.append(everywhere.submit(self._reward, asked, texts, entries))
-            drawn.append((trajectory, weights, decoded))
+            drawn.append((trajectory, factors, decoded))
         sampled = time.perf_counter()
         rewards, parts = everywhere.collected(pending, batches)
         scored = time.perf_counter()
