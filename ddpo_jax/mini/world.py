@@ -176,16 +176,6 @@ def scenes_for(specs: Sequence[Spec], rng: np.random.Generator) -> Scenes:
     return _place(rng, kind, relation, count, attributes)
 
 
-def sample_scene(rng: np.random.Generator) -> Scene:
-    """One random scene."""
-    return sample_scenes(rng, 1)[0]
-
-
-def scene_for(spec: Spec, rng: np.random.Generator) -> Scene:
-    """A random scene that shows exactly what ``spec`` says."""
-    return scenes_for([spec], rng)[0]
-
-
 def batch(rng: np.random.Generator, n: int) -> tuple[np.ndarray, list[str]]:
     """N random pictures u8[n,32,32,3] and their captions."""
     scenes = sample_scenes(rng, n)
