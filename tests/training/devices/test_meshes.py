@@ -43,7 +43,9 @@ def alone(folder, tmp_path_factory):
 def test_devices_change_nothing_but_rounding(folder, alone, tmp_path, mesh):
     rows, params, replay = run(folder, tmp_path, *mesh)
     for ours, theirs in zip(rows, alone[0], strict=True):
-        assert ours == pytest.approx(theirs, rel=2e-4, abs=2e-6)
+        rounding = "train/ratio_first_update_deviation"  # it is nothing else, so it has a bound and no value
+        assert max(ours[rounding], theirs[rounding]) < 1e-5
+        assert ours == pytest.approx(theirs | {rounding: ours[rounding]}, rel=2e-4, abs=2e-6)
     assert params.keys() == alone[1].keys() and replay.keys() == alone[2].keys()
     for name, value in alone[1].items():
         np.testing.assert_allclose(params[name], value, rtol=1e-4, atol=2e-5, err_msg=name)
