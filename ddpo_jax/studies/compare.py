@@ -222,11 +222,6 @@ def _from_untrained(curve: Curve, value: float) -> Curve:
     return Curve(queries, wall, values, None if curve.calls is None else np.concatenate([[0.0], curve.calls]))
 
 
-def gains(group: Group) -> np.ndarray:
-    """Final minus first value of each run [S]; with evaluations the first is the untrained model's."""
-    return np.array([curve.values[-1] - curve.values[0] for curve in group.curves])
-
-
 def improvement(base: Group, member: Group) -> dict[str, Any]:
     """What is said of a group's gains against the baseline's, each as value and 95 % interval.
 
@@ -235,7 +230,7 @@ def improvement(base: Group, member: Group) -> dict[str, Any]:
       units of the baseline's; ``probability``: that a run gains more than one of the baseline; ``call_speed_up``: how
       many times fewer calls of the denoiser it takes to the baseline's final value.
     """
-    ours, theirs = [gains(member)], [gains(base)]
+    ours, theirs = [curves.gains(member.curves)], [curves.gains(base.curves)]
 
     def ratio(a: statistics.Panels, b: statistics.Panels) -> float:
         return statistics.interquartile_mean(a) / statistics.interquartile_mean(b)
@@ -322,7 +317,19 @@ def compare(
     Raises:
       InputError: runs, metric or baseline cannot be had, in one line each.
     """
-    groups = group(read_runs(folders))
+    return compare_runs(read_runs(folders), out, metric, baseline, smooth, title)
+
+
+def compare_runs(
+    runs: Sequence[Run],
+    out: pathlib.Path,
+    metric: str = "",
+    baseline: str = "",
+    smooth: float | None = None,
+    title: str = "",
+) -> dict[str, Any]:
+    """``compare`` of runs that were read."""
+    groups = group(runs)
     base = choose_baseline(groups, baseline)
     metric = choose_metric(groups, metric)
     window = curves_of(groups, metric, smooth)

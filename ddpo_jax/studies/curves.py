@@ -75,6 +75,11 @@ def final(curves: Sequence[Curve]) -> Float[np.ndarray, " S"]:
     return np.array([c.values[-1] for c in curves])
 
 
+def gains(curves: Sequence[Curve]) -> Float[np.ndarray, " S"]:
+    """Final minus first value of each run; with evaluations the first is the untrained model's."""
+    return np.array([c.values[-1] - c.values[0] for c in curves])
+
+
 def interval(values: Float[np.ndarray, " S"]) -> tuple[float, float | None]:
     """Mean and half width of its 95 % confidence interval (Student's t); None for a single value."""
     from scipy import stats  # here because it takes a second

@@ -30,10 +30,6 @@ class Panel:
     baseline: str
     runs: Mapping[str, Sequence[Curve]]
 
-    def gains(self, name: str) -> np.ndarray:
-        """Final minus first value of each run [S]; with evaluations the first is the untrained model's."""
-        return np.array([curve.values[-1] - curve.values[0] for curve in self.runs[name]])
-
 
 def overview(panels: Sequence[Panel], difference: float | None = None) -> dict[str, Any]:
     """The gains of every name that all panels have.
@@ -49,12 +45,12 @@ def overview(panels: Sequence[Panel], difference: float | None = None) -> dict[s
       seeds and ``difference`` is given.
     """
     shared = [name for name in panels[0].runs if all(name in panel.runs for panel in panels)]
-    theirs = [panel.gains(panel.baseline) for panel in panels]
+    theirs = [curves.gains(panel.runs[panel.baseline]) for panel in panels]
     rising = [gains.mean() > 0 for gains in theirs]
     methods: dict[str, Any] = {}
     for name in shared:
         gain: statistics.Estimate | None
-        ours = [panel.gains(name) for panel in panels]
+        ours = [curves.gains(panel.runs[name]) for panel in panels]
         if all(name == panel.baseline for panel in panels):
             gain, wins = statistics.Estimate(1.0, None), statistics.Estimate(0.5, None)
         else:

@@ -278,15 +278,16 @@ def summarise(todo: Sequence[Job], failed: Sequence[Job], out: pathlib.Path, pla
         if not done:
             continue
         folder, names = out / panel, [str(job.workdir) for job in done]
-        labels = {group.runs[0].folder.parent.name: group.label for group in compare.group(compare.read_runs(names))}
+        runs = compare.read_runs(names)
+        labels = {group.runs[0].folder.parent.name: group.label for group in compare.group(runs)}
         wanted = plan.get("BASELINE", "")
         note = (
             "" if wanted in ("", *labels) else f"\nno run {wanted} among these (--only, or it failed): another baseline"
         )
-        result = compare.compare(names, folder, metric, labels.get(wanted, ""), title=panel)
+        result = compare.compare_runs(runs, folder, metric, labels.get(wanted, ""), title=panel)
         texts.append(f"{panel} ({folder}/compare.json, compare_queries.png)\n{compare.table(result)}{note}")
         (base,) = [name for name, label in labels.items() if label == result["baseline"]]
-        panels.append(_panel(panel, done, base, result["metric"]))
+        panels.append(_panel(panel, runs, base, result["metric"]))
         if scores := evaluations(done):
             files.write_json(folder / "evaluations.json", scores)
             lines = [f"{panel}: evaluated, untrained -> trained"]
@@ -303,11 +304,11 @@ def summarise(todo: Sequence[Job], failed: Sequence[Job], out: pathlib.Path, pla
     return texts
 
 
-def _panel(title: str, done: Sequence[Job], baseline: str, metric: str) -> overview.Panel:
+def _panel(title: str, runs: Sequence[compare.Run], baseline: str, metric: str) -> overview.Panel:
     """The curves of a panel by the names of its runs, one of which is the baseline."""
-    folders: dict[str, list[str]] = {}
-    for job in done:
-        folders.setdefault(job.name, []).append(str(job.workdir))
-    groups = [compare.Group(name, {}, compare.read_runs(found)) for name, found in folders.items()]
-    compare.curves_of(groups, metric, None)
-    return overview.Panel(title, baseline, {group.label: group.curves for group in groups})
+    groups: dict[str, compare.Group] = {}
+    for run in runs:
+        name = run.folder.parent.name
+        groups.setdefault(name, compare.Group(name, {}, [])).runs.append(run)
+    compare.curves_of([*groups.values()], metric, None)
+    return overview.Panel(title, baseline, {name: group.curves for name, group in groups.items()})
