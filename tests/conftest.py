@@ -9,6 +9,7 @@ import pathlib
 import sys
 
 import jaxtyping
+import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -23,3 +24,10 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 # Shapes and dtypes in the annotations of the package are checked while the tests run.
 sys.path[:0] = [str(pathlib.Path(__file__).parent / "helpers"), str(pathlib.Path(__file__).parent)]
 jaxtyping.install_import_hook("ddpo_jax", "array_checker.check")
+
+
+@pytest.fixture
+def nothing_at_home(tmp_path_factory, monkeypatch):
+    """No weights in the places where they are looked for: neither in the home folder nor where DDPO_WEIGHTS says."""
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.delenv("DDPO_WEIGHTS", raising=False)

@@ -14,6 +14,8 @@ from ddpo_jax.rollout.scoring import make_reward
 from ddpo_jax.training.loop import train
 from ddpo_jax.workdir import metrics
 
+pytestmark = pytest.mark.usefixtures("nothing_at_home")
+
 ROOT = pathlib.Path(__file__).resolve().parents[2] / "configs"
 CONFIGS = {  # name -> reward, what is downloaded first for Stable Diffusion
     "hps": ("hps", "HPS_v2.1_compressed.pt of the hub repository xswu/HPSv2"),
@@ -33,12 +35,6 @@ def ready(name, backend="cpu", **overrides):
     config = load_file(ROOT / f"{file}.py", choices)
     override(config, [(key, str(value)) for key, value in overrides.items()])
     return make_ready(config, backend, 1)
-
-
-@pytest.fixture(autouse=True)
-def nothing_at_home(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.delenv("DDPO_WEIGHTS", raising=False)
 
 
 @pytest.mark.parametrize("name", [*CONFIGS, "compbench", "compbench:reward=numeracy"])

@@ -13,6 +13,8 @@ from ddpo_jax.models import aesthetic_head, clip, weights
 from ddpo_jax.rewards import aesthetic
 from ddpo_jax.rewards._shared import clip as _clip
 
+pytestmark = pytest.mark.usefixtures("nothing_at_home")
+
 FILE = "sac+logos+ava1-l14-linearMSE.pth"
 
 
@@ -48,12 +50,6 @@ def head_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("head") / "head.pth"
     torch.save({f"layers.{name}": value for name, value in torch_head(24).state_dict().items()}, path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def nothing_at_home(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.delenv("DDPO_WEIGHTS", raising=False)
 
 
 def published_head():

@@ -12,18 +12,14 @@ from ddpo_jax import find
 from ddpo_jax.errors import InputError
 from ddpo_jax.models import weights
 
+pytestmark = pytest.mark.usefixtures("nothing_at_home")
+
 FILES = {  # reward -> entry of the catalogue, repository, file
     "image_reward": ("image_reward", "THUDM/ImageReward", "ImageReward.pt"),
     "vqa": ("blip_vqa", "Salesforce/blip-vqa-capfilt-large", "model.safetensors"),
 }
 VOCABULARY = pathlib.Path("google-bert/bert-base-uncased/vocab.txt")
 PROMPTS = ["a red circle", "the blue square"]
-
-
-@pytest.fixture(autouse=True)
-def nothing_at_home(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.delenv("DDPO_WEIGHTS", raising=False)
 
 
 @pytest.fixture

@@ -14,6 +14,8 @@ from ddpo_jax.models import clip, weights
 from ddpo_jax.rewards._shared import clip as _clip
 from ddpo_jax.rewards._shared.batches import in_batches
 
+pytestmark = pytest.mark.usefixtures("nothing_at_home")
+
 PUBLISHED = {  # reward, options -> the file and the repository that a user has to get
     ("aesthetic", "weights=laion"): ("model.safetensors", "openai/clip-vit-large-patch14"),
     ("clip_score", "weights=B/32"): ("pytorch_model.bin", "openai/clip-vit-base-patch32"),
@@ -22,12 +24,6 @@ PUBLISHED = {  # reward, options -> the file and the repository that a user has 
     ("hps", "weights=full,version=v2.1"): ("HPS_v2.1_compressed.pt", "xswu/HPSv2"),
     ("pickscore", "weights=full"): ("model.safetensors", "yuvalkirstain/PickScore_v1"),
 }
-
-
-@pytest.fixture(autouse=True)
-def nothing_at_home(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
-    monkeypatch.delenv("DDPO_WEIGHTS", raising=False)
 
 
 @pytest.fixture
