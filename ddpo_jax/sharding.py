@@ -50,7 +50,12 @@ def make_mesh(data: int, fsdp: int) -> Mesh:
             f"use data=-1, and sample.batch_size and train.batch_size that {count} divides"
         )
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))  # as ``hosts.rows`` counts
-    return Mesh(np.asarray(devices[:wanted]).reshape(-1, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    return mesh_of(devices[:wanted], fsdp)
+
+
+def mesh_of(devices: Sequence[Any], fsdp: int) -> Mesh:
+    """The mesh of all these devices, in their order; they need not be there. ``fsdp`` divides their number."""
+    return Mesh(np.asarray(devices).reshape(-1, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,9 +17,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from ddpo_jax import sharding
@@ -176,14 +175,14 @@ def memory(
             setting = f"{f'adapters of rank {rank}' if rank else 'whole UNet'}, remat {remat}"
             progress(f"{setting}: on paper")
             with compiling_for("gpu"):  # not the CPU's convolutions, and no kernel that hides what it takes
-                found, resident = programs(varied, size, _alone(jax.devices()[0]))
+                found, resident = programs(varied, size, sharding.mesh_of(jax.devices()[:1], 1))
                 paper: dict[str, Any] = {
                     name: resident + paper_bytes(program.trace(*args)) for name, (program, args) in found.items()
                 }
             if device is not None:
                 names = ("update",) if by_compiler else ("rollout", "update")  # remat concerns the update alone
                 with compiling_for(device.platform) if compile_for in TOPOLOGIES else contextlib.nullcontext():
-                    found, _ = programs(varied, size, _alone(device))
+                    found, _ = programs(varied, size, sharding.mesh_of([device], 1))
                     for name in names:
                         progress(f"{setting}: {name} by the compiler for {device.device_kind} ...")
                         start = time.perf_counter()
@@ -214,10 +213,6 @@ def devices_of(compile_for: str) -> list[Any]:
             f"--compile-for: received {compile_for!r}; its compiler does not start ({first}); it is in the package "
             "libtpu; install the extra tpu, or use none"
         ) from error
-
-
-def _alone(device: Any) -> Mesh:
-    return Mesh(np.array([[device]]), sharding.BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def programs(ready: Ready, size: Size, mesh: Mesh) -> tuple[dict[str, tuple[Any, tuple[Any, ...]]], int]:

@@ -14,9 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-from jax.sharding import AxisType, Mesh
-
 from ddpo_jax import sharding
 from ddpo_jax.config.ready import Ready
 from ddpo_jax.models.attention import compiling_for
@@ -60,7 +57,7 @@ def compile_programs(
       progress: called with a line before each program.
     """
     fsdp, kind = ready.config.mesh.fsdp, devices[0].device_kind
-    mesh = Mesh(np.asarray(devices).reshape(-1, fsdp), sharding.BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    mesh = sharding.mesh_of(devices, fsdp)
     with compiling_for(devices[0].platform):
         programs, resident = capacity.programs(ready, size, mesh)
         for name in ("update", "rollout"):

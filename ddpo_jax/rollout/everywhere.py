@@ -24,10 +24,8 @@ from ddpo_jax.hosts.rows import own
 from ddpo_jax.rewards._shared.check import Parts, RewardError, RewardFn, call
 from ddpo_jax.rollout.scoring import PendingReward, RewardRunner, make_reward
 
-MEET_S = 60.0
+MEET_S = 60.0  # seconds after which processes that wait for scores look at each other
 Scored = tuple[Any, np.ndarray, Parts]  # rows of a batch, their scores and parts
-
-
 TOLD = ("waits_for_others", "groupwise", "decoupled")  # what a reward says of itself, see ``ddpo_jax.rewards``
 
 
