@@ -218,7 +218,8 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 def _put(x: Any, where: NamedSharding) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
-    if where.is_fully_addressable or isinstance(x, jax.Array) and not x.is_fully_addressable:
+    traced = isinstance(x, jax.core.Tracer)
+    if traced or where.is_fully_addressable or isinstance(x, jax.Array) and not x.is_fully_addressable:
         return jax.device_put(x, where)
     x = np.asarray(x)  # every process has it
     with jax.transfer_guard_host_to_device("allow"):

@@ -101,6 +101,14 @@ def test_parameters_at_rest(mesh):
     assert len(placed["big"].addressable_shards) == 8
 
 
+def test_parameters_of_a_traced_program_may_be_for_devices_that_are_elsewhere(mesh, monkeypatch):
+    """As when a compiler is asked about chips that are not there."""
+    monkeypatch.setattr(jax.sharding.NamedSharding, "is_fully_addressable", property(lambda where: False))
+    shapes = {"big": jax.ShapeDtypeStruct(BIG, jnp.float32)}
+    made = jax.eval_shape(lambda params: sharding.put_params(params, mesh), shapes)
+    assert made["big"].shape == BIG
+
+
 def test_samples_are_split_over_both_axes_in_order(mesh):
     placed = sharding.put_batch({"x": np.arange(16), "y": np.zeros((8, 3))}, mesh)
     order = {shard.device: shard.data.tolist() for shard in placed["x"].addressable_shards}
