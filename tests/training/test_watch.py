@@ -1,5 +1,6 @@
 """What a run tells of itself while it runs: traces, times, and what it waits for when nothing moves."""
 
+import re
 import time
 import types
 
@@ -47,6 +48,25 @@ def test_a_trace_of_the_epochs_that_were_asked_for(run):
         if event.name == "epoch"
     }
     assert epochs == {1, 2}
+
+
+def test_updates_copy_nothing_to_the_host_but_their_metrics_in_one_go(run):
+    """By the trace's own record of every copy; on a CPU JAX's transfer guard does not see them."""
+    (trace,) = (run / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+
+    def spans(pattern):
+        return [(e.start_ns, e.start_ns + e.duration_ns) for e in events if re.search(pattern, e.name)]
+
+    def inside(inner, outers):
+        return any(outer[0] <= inner[0] and inner[1] <= outer[1] for outer in outers)
+
+    optimise = spans(r"epoch\.py:\d+ optimise$")
+    meant = [span for span in spans(r"\bdevice_get$") if inside(span, optimise)]
+    copies = [span for span in spans(r"^np\.asarray\(jax\.Array\)$") if inside(span, optimise)]
+    assert len(optimise) == 2 and len(meant) == 2 and copies  # two epochs were traced
+    assert all(inside(copy, meant) for copy in copies)
 
 
 def test_the_times_of_a_row_are_parts_of_its_epoch(run):
