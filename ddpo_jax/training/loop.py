@@ -47,7 +47,7 @@ def train(ready: Ready, workdir: pathlib.Path) -> None:
                     copies.take()
         with others_alive():
             if _train(ready, workdir, lock, copies) and exchange.is_first():
-                finish(workdir)
+                finish(workdir, there)
 
 
 def _train(ready: Ready, workdir: pathlib.Path, lock: Lock | None, copies: elsewhere.Copies | None) -> bool:

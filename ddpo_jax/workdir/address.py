@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from ddpo_jax.errors import InputError, one_line
+from ddpo_jax.errors import InputError, RunFailure, one_line
 from ddpo_jax.workdir import files
 
 PathLike = str | os.PathLike[str]
@@ -75,6 +75,8 @@ def reaching(path: epath.Path) -> Iterator[None]:
     except Exception as error:  # gcsfs and what it stands on raise many kinds
         fix = "log in with `gcloud auth application-default login`, or give a bucket that you may read and write"
         if not is_address(path):
+            if not isinstance(error, OSError | RunFailure):
+                raise
             fix = "give a folder you can write"
         raise InputError(
             f"checkpoint.folder: received '{path}'; it cannot be used: {one_line(error)[:300]}; {fix}"

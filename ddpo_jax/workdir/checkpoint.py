@@ -67,12 +67,13 @@ class Checkpointer:
         self.folder = address.folder(workdir) / "checkpoints"
         self._every, self._keep, self._read_only, self._before_save = every, keep, read_only, before_save
         self._held: tuple[int, dict[str, Any], float] | None = None  # for ``_write``: not on disk yet
-        if read_only and not address.is_there(self.folder):
-            raise InputError(f"checkpoints: no folder {self.folder}; give the --workdir of a run that has saved")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"checkpoints: cannot make the folder {self.folder}: {_cause(error)}") from error
+        with address.reaching(self.folder):
+            if read_only and not address.is_there(self.folder):
+                raise InputError(f"checkpoints: no folder {self.folder}; give the --workdir of a run that has saved")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"checkpoints: cannot make the folder {self.folder}: {_cause(error)}") from error
         self._rewards: dict[int, float] = {}  # mean reward of each checkpoint
         self._manager = self._open()
 

@@ -72,7 +72,9 @@ def _reading(folder: epath.Path, name: str) -> Iterator[None]:
         yield
     except Exception as error:  # gcsfs raises many kinds
         if address.is_address(folder) and not isinstance(error, FileNotFoundError):
-            raise InputError(f"checkpoint {folder.parent}: {name} cannot be reached: {one_line(error)[:300]}") from error
+            raise InputError(
+                f"checkpoint {folder.parent}: {name} cannot be reached: {one_line(error)[:300]}"
+            ) from error
         if not isinstance(error, OSError | ValueError):
             raise
         raise Damaged(f"checkpoint {folder.parent} is damaged: {name} cannot be read: {one_line(error)}") from error

@@ -136,8 +136,13 @@ def _refuse_to_start_anew(before: ConfigDict, config: ConfigDict, workdir: pathl
             )
 
 
-def finish(workdir: pathlib.Path) -> None:
-    """Draws the curve and prints how far the reward rose and where everything is: the result of a run."""
+def finish(workdir: pathlib.Path, there: epath.Path | None) -> None:
+    """Draws the curve and prints how far the reward rose and where everything is: the result of a run.
+
+    Args:
+      workdir: folder of the run.
+      there: the folder that its checkpoints are in, if another.
+    """
     rows = metrics.read_metrics(workdir)
     if not rows:
         logging.info("%s has no %s any more: there is no curve to draw", workdir, metrics.FILE)
@@ -151,6 +156,7 @@ def finish(workdir: pathlib.Path) -> None:
         by = f"{last - first:+.4g}: {deviations:+.2f} standard deviations of the first epoch"
         rise = f"reward {first:.4g} -> {last:.4g} ({by})"
     where = f"In {workdir}: reward.png, samples/, metrics.jsonl, TensorBoard events, checkpoints/"
+    where += f" in {there}" if there else ""
     print(f"{rise} in {rows[-1]['reward_queries']} queries. {where}", flush=True)
 
 

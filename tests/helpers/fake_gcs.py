@@ -1,13 +1,13 @@
 """A small Google Cloud Storage on this machine: the part of its JSON API that gcsfs, tensorstore and orbax speak.
 
-Objects are in memory; nothing is checked of who asks. ``clients`` says by which environment they come here.
+Objects are in memory; nothing is checked of who asks. ``Bucket.clients`` is the environment in which they come here;
+``GOOGLE_APPLICATION_CREDENTIALS`` must not be in it.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
-import email
+import functools
 import hashlib
 import http.server
 import itertools
@@ -15,7 +15,6 @@ import json
 import re
 import threading
 import urllib.parse
-from collections.abc import Iterator
 
 OBJECT = re.compile(r"/storage/v1/b/([^/]+)/o/([^/]+)")
 
@@ -44,15 +43,16 @@ class Bucket:
         self._next = itertools.count(1)
         self._uploads: dict[str, tuple[str, bytearray]] = {}
         self._lock = threading.RLock()
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"bucket": self}))
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"bucket": self}))
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
-    def close(self) -> None:
-        """Nobody answers at ``url`` any more."""
-        self._server.shutdown()
-        self._server.server_close()
+    def reset(self) -> None:
+        """Empties it and allows everything."""
+        with self._lock:
+            self.objects.clear()
+            self.asked.clear()
+            self.allow = lambda method, name: None
 
     def clients(self) -> dict[str, str]:
         """The environment in which gcsfs, google-cloud-storage and tensorstore ask this server, as nobody."""
@@ -62,8 +62,10 @@ class Bucket:
             "GCE_METADATA_ROOT": self.url.removeprefix("http://"),  # which answers 404: this is no machine of theirs
             "GCE_METADATA_HOST": self.url.removeprefix("http://"),
             "NO_GCE_CHECK": "true",
-            "GOOGLE_APPLICATION_CREDENTIALS": "",
+            "CLOUDSDK_CONFIG": "/nowhere",  # nor is anybody logged in
             "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # it would ask over gRPC what kind of bucket this is
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
         }
 
     def under(self, prefix: str) -> list[str]:
@@ -73,7 +75,7 @@ class Bucket:
 
     # ---- what the server does ----
 
-    def put(self, name: str, data: bytes, query: dict[str, str]) -> dict[str, object]:
+    def put(self, name: str, data: bytes, query: dict[str, str]) -> dict[str, str]:
         with self._lock:
             self._check(name, query)
             self.objects[name] = bytes(data)
@@ -92,12 +94,13 @@ class Bucket:
             self._check(name, query)
             del self.objects[name]
 
-    def copy(self, source: str, target: str) -> dict[str, object]:
+    def move(self, source: str, target: str) -> dict[str, object]:
         with self._lock:
-            self._there(source)
-            return self.put(target, self.objects[source], {})
+            made = self.put(target, self.get(source, {}), {})
+            del self.objects[source]
+            return made
 
-    def about(self, name: str) -> dict[str, object]:
+    def about(self, name: str) -> dict[str, str]:
         with self._lock:
             self._there(name)
             data = self.objects[name]
@@ -165,6 +168,14 @@ class Bucket:
             raise Refused(unchanged, "not modified")
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 100
+
+    def handle_error(self, *_: object) -> None:
+        """A client that does not wait for its answer, as gcsfs does which asks for a file and a folder at once."""
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
     bucket: Bucket
     protocol_version = "HTTP/1.1"
@@ -208,8 +219,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _do(self, path: str, query: dict[str, str], body: bytes) -> None:
         path = path.removeprefix("/download")
-        if path == "/batch/storage/v1":
-            return self._batch(body)
         if path == f"/storage/v1/b/{self.bucket.name}":
             self.bucket.allow("BUCKET", "")
             return self._json({"kind": "storage#bucket", "name": self.bucket.name, "location": "HERE"})
@@ -223,13 +232,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(404, f"Not found: {path}")
         name, rest = urllib.parse.unquote(found[2]), path[found.end() :]
         self.bucket.allow("PUT" if rest else self.command, name)
-        if to := re.match(r"/(?:rewriteTo|copyTo)/b/([^/]+)/o/([^/]+)$", rest):
-            made = self.bucket.copy(name, urllib.parse.unquote(to[2]))
-            return self._json({"kind": "storage#rewriteResponse", "done": True, "resource": made})
         if to := re.match(r"/moveTo/o/([^/]+)$", rest):
-            made = self.bucket.copy(name, urllib.parse.unquote(to[1]))
-            self.bucket.remove(name, {})
-            return self._json(made)
+            return self._json(self.bucket.move(name, urllib.parse.unquote(to[1])))
         if self.command == "DELETE":
             self.bucket.remove(name, query)
             return self._send(204)
@@ -247,54 +251,19 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._send(200, data, **headers)
 
     def _upload(self, query: dict[str, str], body: bytes) -> None:
-        kind = query.get("uploadType")
         if "upload_id" in query:
             made = self.bucket.part(query["upload_id"], body, self.headers.get("Content-Range", ""))
             return self._json(made) if made else self._send(308)
-        if kind == "resumable":
-            name = query.get("name") or json.loads(body)["name"]
-            self.bucket.allow("PUT", name)
-            number = self.bucket.begin(name)
+        if query["uploadType"] == "resumable":
+            self.bucket.allow("PUT", query["name"])
+            number = self.bucket.begin(query["name"])
             where = f"{self.bucket.url}/upload/storage/v1/b/{self.bucket.name}/o?uploadType=resumable"
             return self._send(200, Location=f"{where}&upload_id={number}")
-        name = query.get("name", "")
-        if kind == "multipart":
-            about, body = _parts(self.headers["Content-Type"], body)
-            name = json.loads(about)["name"]
-        self.bucket.allow("PUT", name)
-        return self._json(self.bucket.put(name, body, query))
-
-    def _batch(self, body: bytes) -> None:
-        """Several deletions in one request."""
-        replies = []
-        for number, quoted in enumerate(re.findall(rb"DELETE /storage/v1/b/[^/]+/o/([^ ?]+)", body), 1):
-            name, status = urllib.parse.unquote(quoted.decode()), "204 No Content"
-            try:
-                self.bucket.allow("DELETE", name)
-                self.bucket.remove(name, {})
-            except Refused as refusal:
-                status = f"{refusal.args[0]} {refusal.args[1]}"
-            replies.append(
-                "--batch_reply\r\nContent-Type: application/http\r\n"
-                f"Content-ID: <response-{number}>\r\n\r\nHTTP/1.1 {status}\r\nContent-Length: 0\r\n\r\n"
-            )
-        data = "".join(replies) + "--batch_reply--\r\n"
-        self._send(200, data.encode(), Content_Type="multipart/mixed; boundary=batch_reply")
+        self.bucket.allow("PUT", query["name"])
+        return self._json(self.bucket.put(query["name"], body, query))
 
 
-def _parts(content_type: str, body: bytes) -> tuple[bytes, bytes]:
-    """The two parts of a ``multipart/related`` body: what the object is called, and its content."""
-    message = email.message_from_string(f"Content-Type: {content_type}\n\n")
-    edge = b"--" + message.get_boundary().encode()
-    _, about, content, _ = re.split(rb"(?:\r?\n)?" + re.escape(edge), body)
-    return tuple(re.split(rb"\r?\n\r?\n", part, maxsplit=1)[1] for part in (about, content))
-
-
-@contextlib.contextmanager
-def served(name: str = "bucket") -> Iterator[Bucket]:
-    """A ``Bucket`` for the block."""
-    bucket = Bucket(name)
-    try:
-        yield bucket
-    finally:
-        bucket.close()
+@functools.cache
+def bucket() -> Bucket:
+    """The one of this process: the clients keep connections to it."""
+    return Bucket()
