@@ -73,11 +73,10 @@ def reaching(path: epath.Path) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # gcsfs and what it stands on raise many kinds
-        fix = "log in with `gcloud auth application-default login`, or give a bucket that you may read and write"
-        if not is_address(path):
-            if not isinstance(error, OSError | RunFailure):
-                raise
-            fix = "give a folder you can write"
-        raise InputError(
-            f"checkpoint.folder: received '{path}'; it cannot be used: {one_line(error)[:300]}; {fix}"
-        ) from error
+        why, fix = one_line(error)[:300], "give a folder you can write"
+        if is_address(path):
+            why = "there is no such bucket" if isinstance(error, FileNotFoundError) else why
+            fix = "log in with `gcloud auth application-default login`, or give a bucket that you may read and write"
+        elif not isinstance(error, OSError | RunFailure):
+            raise
+        raise InputError(f"checkpoint.folder: received '{path}'; it cannot be used: {why}; {fix}") from error

@@ -96,7 +96,8 @@ class Checkpointer:
         try:
             manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
         except Exception as error:  # orbax raises many kinds
-            fix = "put that right, or use another --workdir"
+            other = "checkpoint.folder" if address.is_address(self.folder) else "--workdir"
+            fix = f"put that right, or use another {other}"
             raise InputError(f"checkpoints: {self.folder} cannot be opened: {_cause(error)}; {fix}") from error
         self._file = None if address.is_address(self.folder) else os.open(self.folder, os.O_RDONLY)
         for epoch in manager.all_steps():
@@ -349,12 +350,12 @@ class _Arrays(ocp.PyTreeCheckpointHandler):
 
 
 def _cause(error: BaseException) -> str:
-    """What a person needs of the exception: the operating system's words, which tensorstore puts into long texts."""
+    """What a person needs of the exception: the system's or the bucket's words, which tensorstore puts into long texts."""
     known: BaseException | None = error
     while known is not None:
         if isinstance(known, OSError) and known.strerror:
             return known.strerror
-        if found := re.search(r"([^:]+) \[os_error_code=", str(known)):
+        if found := re.search(r"([^:]+) \[(?:os_error_code|http_response_code|tensorstore_spec)=", str(known)):
             return found.group(1).strip()
         known = known.__cause__ or known.__context__
     return one_line(error)[:300]

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import types
 
 import fake_gcs
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_reward
+from processes import Starter
 
 from ddpo_jax import main
 from ddpo_jax.errors import InputError, Interrupted, RunFailure
@@ -35,11 +37,11 @@ def finished(folder, tmp_path_factory):
     return workdir
 
 
-@pytest.fixture(params=["a bucket", "another disk"])
+@pytest.fixture
 def home(request, monkeypatch, tmp_path):
-    """What ``checkpoint.folder`` is set to."""
-    if request.param == "another disk":
-        return str(tmp_path / "disk" / "run")
+    """What ``checkpoint.folder`` is set to: a bucket, or as its parameter says another disk."""
+    if hasattr(request, "param"):
+        return str(tmp_path / request.param)
     bucket = fake_gcs.bucket()
     bucket.reset()
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
@@ -76,6 +78,15 @@ def assert_same_run(workdir, finished):
 
 def test_a_new_machine_goes_on_exactly(folder, finished, home, tmp_path, capsys):
     """The run is stopped in its second epoch, and its folder is gone with the machine."""
+    new_machine(folder, finished, home, tmp_path, capsys)
+
+
+@pytest.mark.parametrize("home", ["disk/run"], indirect=True)
+def test_a_disk_that_outlives_the_machine(folder, finished, home, tmp_path, capsys):
+    new_machine(folder, finished, home, tmp_path, capsys)
+
+
+def new_machine(folder, finished, home, tmp_path, capsys):
     workdir = tmp_path / "run"
     with pytest.raises(Interrupted, match="stopped after epoch 1"):
         go(folder, workdir, home, {"at_1": stopping})
@@ -153,8 +164,6 @@ def test_the_folder_itself_is_as_none(folder, finished, tmp_path):
 
 def test_a_bucket_that_is_closed_in_mid_run(folder, finished, home, tmp_path):
     """And is open again for the next command."""
-    if not home.startswith("gs://"):
-        return
 
     def closing(images, prompts):
         fake_gcs.bucket().allow = refuse
@@ -199,5 +208,36 @@ def test_a_bucket_that_cannot_be_used_is_one_line(folder, monkeypatch, tmp_path,
     (line,) = [line for line in shown.splitlines() if line.startswith("error: ")]
     assert line.startswith(f"error: checkpoint.folder: received '{keys['checkpoint.folder']}'; it cannot be used: ")
     assert "Traceback" not in shown
-    said = {"nobody answers": "127.0.0.1:9", "no such bucket": "nobucket", "not allowed": "Anonymous caller"}
+    said = {"nobody answers": "127.0.0.1:9", "no such bucket": "no such bucket", "not allowed": "Anonymous caller"}
     assert said[why] in line
+
+
+def test_hosts_that_share_no_disk(folder, finished, home, tmp_path):
+    """Two processes, each with a folder of its own; after one epoch both folders are gone."""
+    task = tmp_path / "task.py"
+    task.write_text("from ddpo_jax.config import default_config as get_config\n")
+    keys = tiny.settings(folder) | {"reward.name": "tiny_reward:reward", "checkpoint.folder": home}
+    with Starter(tmp_path) as starter:
+        for epochs in (1, 2):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = str(free.getsockname()[1])
+            runs = [
+                starter.start(
+                    [
+                        f"--config={task}",
+                        f"--workdir={tmp_path / str(epochs) / str(rank)}",
+                        *(f"--config.{key}={value}" for key, value in (keys | {"num_epochs": epochs}).items()),
+                    ],
+                    XLA_FLAGS="--xla_force_host_platform_device_count=1",
+                    **{"JAX_COORDINATOR_IP": "127.0.0.1", "JAX_COORDINATOR_PORT": port, "NNODES": "2"},
+                    NODE_RANK=str(rank),
+                )
+                for rank in (0, 1)
+            ]
+            assert [run.wait(120) for run in runs] == [0, 0], "\n\n".join(run.output for run in runs)
+    rows, first = metrics.read_metrics(tmp_path / "2" / "0"), metrics.read_metrics(tmp_path / "1" / "0")
+    assert len(rows) == 2 and rows[:1] == first  # its times too: it was copied, not trained again
+    for ours, theirs in zip(rows, values(finished)[:2], strict=True):
+        assert ours["reward/mean"] == pytest.approx(theirs["reward/mean"], rel=2e-4)
+    assert not (tmp_path / "2" / "1" / metrics.FILE).exists()
