@@ -21,8 +21,8 @@ def is_address(path: PathLike) -> bool:
     return os.fspath(path).startswith("gs://")
 
 
-def folder(path: PathLike) -> epath.Path:
-    """The folder that a path or an address names; both have the methods of ``pathlib``.
+def folder(path: PathLike, key: str = "checkpoint.folder") -> epath.Path:
+    """The folder that a path or an address names, given as ``key``; both have the methods of ``pathlib``.
 
     Raises:
       InputError: it is an address, and the package that reads it is not installed.
@@ -31,7 +31,7 @@ def folder(path: PathLike) -> epath.Path:
         return epath.Path(os.path.join(os.getcwd(), path))
     if importlib.util.find_spec("gcsfs") is None:
         raise InputError(
-            f"checkpoint.folder: received '{path}'; it needs the package gcsfs, which is not installed; "
+            f"{key}: received '{path}'; it needs the package gcsfs, which is not installed; "
             "pip install 'ddpo_jax[gcs]', or give a folder"
         )
     import fsspec
@@ -62,8 +62,8 @@ def write(path: epath.Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def reaching(path: epath.Path) -> Iterator[None]:
-    """Around the first use of ``checkpoint.folder``: what does not work there becomes one line.
+def reaching(path: epath.Path, key: str = "checkpoint.folder") -> Iterator[None]:
+    """Around the first use of a folder that ``key`` names: what does not work there becomes one line.
 
     Raises:
       InputError: there is no such bucket, it cannot be reached, or not by this user.
@@ -79,4 +79,4 @@ def reaching(path: epath.Path) -> Iterator[None]:
             fix = "log in with `gcloud auth application-default login`, or give a bucket that you may read and write"
         elif not isinstance(error, OSError | RunFailure):
             raise
-        raise InputError(f"checkpoint.folder: received '{path}'; it cannot be used: {why}; {fix}") from error
+        raise InputError(f"{key}: received '{path}'; it cannot be used: {why}; {fix}") from error

@@ -350,7 +350,7 @@ class _Arrays(ocp.PyTreeCheckpointHandler):
 
 
 def _cause(error: BaseException) -> str:
-    """What a person needs of the exception: the system's or the bucket's words, which tensorstore puts into long texts."""
+    """What a person needs of the exception: the system's words or the bucket's, out of tensorstore's long texts."""
     known: BaseException | None = error
     while known is not None:
         if isinstance(known, OSError) and known.strerror:

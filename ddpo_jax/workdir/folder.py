@@ -64,16 +64,21 @@ def read_config(workdir: str | os.PathLike[str], complete: bool = True) -> Confi
     """The config that a run was started with, as it was resolved; every key that is there has the right kind of value.
 
     Args:
-      workdir: folder of the run.
+      workdir: folder of the run, or its ``checkpoint.folder``, where a copy is.
       complete: refuse one that lacks keys, which another version of this package wrote. Keys that a resumed run may
         change get their defaults.
 
     Raises:
       InputError: there is none, or one line for each of its faults.
     """
-    path = address.folder(os.path.expanduser(workdir)) / "config.json"
-    if not path.exists():
-        raise InputError(f"--workdir: received '{workdir}'; there is no config.json in it; give the folder of a run")
+    is_address = address.is_address(workdir)
+    home = address.folder(workdir, "--workdir") if is_address else epath.Path(os.path.expanduser(workdir))
+    path = home / "config.json"
+    with address.reaching(home, "--workdir"):
+        if not path.exists():
+            raise InputError(
+                f"--workdir: received '{workdir}'; there is no config.json in it; give the folder of a run"
+            )
     config, reference = from_object(read_json(path), str(path)), default_config()
     given = flatten(config)
     absent = [key.name for key in KEYS if key.name not in given]

@@ -103,6 +103,9 @@ def new_machine(folder, finished, home, tmp_path, capsys):
     assert f"checkpoints/ in {home}" in capsys.readouterr().out
 
     shutil.rmtree(workdir)
+    _, got = read_params(home, read_config(home))  # without a workdir
+    for name, value in read_params(finished, read_config(finished))[1].items():
+        np.testing.assert_array_equal(got[name], value, name)
     go(folder, workdir, home)  # it is finished, and says so
     assert tiny_reward.calls == 0 and values(workdir) == values(finished) and (workdir / "reward.png").exists()
 
