@@ -141,7 +141,7 @@ def _refuse_to_start_anew(before: ConfigDict, config: ConfigDict, workdir: pathl
             )
 
 
-def finish(workdir: pathlib.Path, there: epath.Path | None) -> None:
+def finish(workdir: pathlib.Path, there: epath.Path | None = None) -> None:
     """Draws the curve and prints how far the reward rose and where everything is: the result of a run.
 
     Args:

@@ -244,3 +244,19 @@ def test_hosts_that_share_no_disk(folder, finished, home, tmp_path):
     for ours, theirs in zip(rows, values(finished)[:2], strict=True):
         assert ours["reward/mean"] == pytest.approx(theirs["reward/mean"], rel=2e-4)
     assert not (tmp_path / "2" / "1" / metrics.FILE).exists()
+
+
+def test_the_folder_of_a_run_is_no_address(tmp_path, monkeypatch, capsys):
+    """It would become a folder ``gs:`` here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "task.py").write_text("from ddpo_jax.config import default_config as get_config\n")
+    assert main.main(["--config=task.py", "--workdir=gs://bucket/run"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert line.startswith("error: --workdir: received 'gs://bucket/run'; it is an address")
+    assert line.endswith("--config.checkpoint.folder=gs://bucket/run") and not (tmp_path / "gs:").exists()
+
+
+@pytest.mark.parametrize("value", ["runs/one", "gs://bucket", "gs://bucket/a*", "s3://bucket/run", "gs://b/../c d"])
+def test_a_folder_that_is_none_is_refused(folder, value):
+    with pytest.raises(InputError, match=r"^checkpoint.folder: received .*; it must be an absolute path or gs://"):
+        tiny.tiny_ready(folder, **{"checkpoint.folder": value})
