@@ -64,8 +64,8 @@ def parse(argv: Sequence[str]) -> Arguments:
             faults.append(f"{flag}: received an empty value; write {flag}=VALUE")
         elif flag == "--workdir" and "://" in value:  # which would become a folder "gs:" here
             faults.append(
-                f"--workdir: received '{value}'; it is an address, and files are written to folders; give a folder, and "
-                f"for the checkpoints --config.checkpoint.folder={value}"
+                f"--workdir: received '{value}'; it is an address, and files are written to folders; give a folder, "
+                f"and for the checkpoints --config.checkpoint.folder={value}"
             )
         else:
             values[flag] = value

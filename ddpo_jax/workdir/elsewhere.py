@@ -70,14 +70,19 @@ class Copies:
         """Copies the run's config and metrics; to be called before a checkpoint is written.
 
         Raises:
-          RunFailure: another process has made the folder its own.
+          RunFailure: another process has made the folder its own; or the metrics are gone, without which the epochs
+            since the last checkpoint cannot be kept.
         """
         owner = _read(self._there / OWNER)
         if owner and owner != self._owner:
             who = owner.decode(errors="replace").strip()[:300]
             raise RunFailure(f"{self._there} was taken over by another run: {who}; this one ends, and saves no more")
         for name in COPIED:
-            address.write(self._there / name, _read(epath.Path(self._workdir / name)))
+            path = self._workdir / name
+            if path.exists():
+                address.write(self._there / name, path.read_bytes())
+            elif name == metrics.FILE:
+                raise RunFailure(f"{path} was removed while the run went on")
 
 
 def _read(path: epath.Path) -> bytes:

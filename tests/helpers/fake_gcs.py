@@ -94,11 +94,9 @@ class Bucket:
             self._check(name, query)
             del self.objects[name]
 
-    def move(self, source: str, target: str) -> dict[str, object]:
+    def copy(self, source: str, target: str) -> dict[str, str]:
         with self._lock:
-            made = self.put(target, self.get(source, {}), {})
-            del self.objects[source]
-            return made
+            return self.put(target, self.get(source, {}), {})
 
     def about(self, name: str) -> dict[str, str]:
         with self._lock:
@@ -232,8 +230,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             raise Refused(404, f"Not found: {path}")
         name, rest = urllib.parse.unquote(found[2]), path[found.end() :]
         self.bucket.allow("PUT" if rest else self.command, name)
+        if to := re.match(r"/rewriteTo/b/[^/]+/o/([^/]+)$", rest):
+            made = self.bucket.copy(name, urllib.parse.unquote(to[1]))
+            return self._json({"kind": "storage#rewriteResponse", "done": True, "resource": made})
         if to := re.match(r"/moveTo/o/([^/]+)$", rest):
-            return self._json(self.bucket.move(name, urllib.parse.unquote(to[1])))
+            made = self.bucket.copy(name, urllib.parse.unquote(to[1]))
+            self.bucket.remove(name, {})
+            return self._json(made)
         if self.command == "DELETE":
             self.bucket.remove(name, query)
             return self._send(204)

@@ -124,6 +124,21 @@ def test_epochs_between_two_checkpoints_are_not_lost(folder, finished, home, tmp
     assert_same_run(tmp_path / "run", finished)
 
 
+def test_a_workdir_that_is_taken_away(folder, finished, home, tmp_path):
+    """With the state of two epochs held back: the rows of both are gone, so both are trained again."""
+    workdir = tmp_path / "run"
+
+    def removing(images, prompts):
+        shutil.rmtree(workdir)
+        return tiny_reward.scores(images, prompts)
+
+    with pytest.raises(RunFailure, match="was removed"):
+        go(folder, workdir, home, {"at_1": removing}, **{"checkpoint.every": 5})
+    assert not workdir.exists()
+    go(folder, workdir, home)
+    assert_same_run(workdir, finished)
+
+
 def test_of_two_runs_in_one_place_the_earlier_ends(folder, finished, home, tmp_path):
     """While the second epoch of one is scored, the same command is given on another machine."""
 
