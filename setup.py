@@ -43,6 +43,8 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.9.1"],
         "tpu": ["jax[tpu]>=0.9.1"],
+        # Checkpoints in a bucket of Google Cloud Storage: checkpoint.folder=gs://BUCKET/FOLDER.
+        "gcs": ["gcsfs>=2026.1"],
         # Rewards and the page for people's ratings over HTTP: reward.name=human, ddpo_jax serve. It needs nothing else.
         "serve": ["waitress>=3.0.1"],
         # Rows and images of a run at Weights & Biases: log.wandb=PROJECT. 60 MB, so the tests do without it.
@@ -56,6 +58,7 @@ setup(
             "chex>=0.1.90",
             "importlib_resources",
             "diffusers>=0.40",
+            "gcsfs>=2026.1",
             "jsonschema>=4",  # with pyyaml: the manifests in launch/
             "mypy>=1.15",
             "pandas>=2",  # for trl, which is installed without its requirements

@@ -15,7 +15,7 @@ source launch/environment.sh
 running() { [ -e run.pid ] && grep -q '^State:.[^ZX]' "/proc/$(cat run.pid)/status" 2>/dev/null; }
 
 parse "$@"
-export DDPO_EXTRAS=${DDPO_EXTRAS-tpu}
+export DDPO_EXTRAS=${DDPO_EXTRAS-tpu,gcs}
 case $command in
   install)
     if [ -n "$dry_run" ] || ! find_python >/dev/null 2>&1; then

@@ -19,7 +19,8 @@
 #
 # Variables: TPU_NAME (ddpo-jax; also the folder of the run), ZONE (us-central1-a), PROJECT (that of gcloud),
 # ACCELERATOR_TYPE (v5litepod-8), RUNTIME_VERSION (v2-alpha-tpuv5-lite), SPOT (empty; 1 = preemptible), NFS (empty;
-# SERVER:/SHARE, which every host mounts: what is there outlives the slice, and several hosts need it).
+# SERVER:/SHARE, which every host mounts: what is there outlives the slice). Without NFS give
+# --config.checkpoint.folder=gs://BUCKET/RUN: checkpoints and metrics then outlive the slice.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$here/common.sh"
@@ -73,7 +74,8 @@ train() {
   local runs=/mnt/runs
   if [ -z "${NFS:-}" ]; then
     runs=runs
-    say "NFS is not set: the run is kept on the hosts' own disks, and is gone when the slice is"
+    say "NFS is not set: the run is kept on the hosts' own disks; when the slice is gone, what" \
+      "--config.checkpoint.folder=gs://BUCKET/RUN has kept elsewhere is left"
   fi
   on all "bash ddpo_jax/launch/tpu_host.sh run $(words "--workdir=$runs/$name" "$@")"
 }

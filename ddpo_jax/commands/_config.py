@@ -62,6 +62,11 @@ def parse(argv: Sequence[str]) -> Arguments:
             overrides.append((key, value))
         elif not value:
             faults.append(f"{flag}: received an empty value; write {flag}=VALUE")
+        elif flag == "--workdir" and "://" in value:  # which would become a folder "gs:" here
+            faults.append(
+                f"--workdir: received '{value}'; it is an address, and files are written to folders; give a folder, "
+                f"and for the checkpoints --config.checkpoint.folder={value}"
+            )
         else:
             values[flag] = value
     if "--config" not in values and not any("--config:" in fault or "is '--config'" in fault for fault in faults):

@@ -110,6 +110,9 @@ KEYS = (
         "dimension that fsdp splits, PATTERN=WHERE by the parameter's name, first that fits: a number, largest, none"),
     Key("checkpoint.every", ByModel(5, 1), "epochs between checkpoints; the last epoch is always saved"),
     Key("checkpoint.keep", 2, "latest checkpoints kept; the best by reward is kept as well"),
+    Key("checkpoint.folder", "",
+        "folder that gets them instead of the workdir, or gs://BUCKET/FOLDER (extra gcs); a run goes on from it in a "
+        "workdir that is empty"),
     Key("log.images_every", 1, "epochs between image grids; 0 = none"),
     Key("log.num_images", 16, "images in a grid"),
     Key("log.wandb", "", "project of Weights & Biases that gets the rows and images too (extra wandb); empty = none"),

@@ -86,6 +86,11 @@ RULES: dict[str, Rule] = {
     "mesh.fsdp": _at_least(1),
     "checkpoint.every": _at_least(1),
     "checkpoint.keep": _at_least(1),
+    "checkpoint.folder": (
+        lambda value: bool(re.fullmatch(r"(~?/.*|gs://[\w.-]+(/[\w.=+-]+)+/?)?", value)),
+        "it must be an absolute path or gs://BUCKET/FOLDER, with letters, digits and .-_=+ in it, or empty",
+        "leave it out for --workdir",
+    ),
     "log.images_every": _at_least(0, "use 0 for no images"),
     "log.evaluate_every": _at_least(0, "use 0 for no evaluation"),
     "log.evaluate_images": (lambda value: 4 <= value <= 2**20, "it must be from 4 to 1048576", "use 128"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import os
 import pathlib
 import sys
 import zipfile
@@ -193,7 +194,7 @@ def evaluate(args: argparse.Namespace) -> str:
     rewards = {name: in_groups(fn, k, name) for name, fn in rewards.items()}
     whole = any(getattr(fn, "groupwise", False) for fn in rewards.values())
     chunk = max(size // k, 1) * k if whole else size
-    out = files.folder_to_write(args.out or pathlib.Path(args.workdir) / "evaluation", "--out")
+    out = files.folder_to_write(args.out or os.path.join(args.workdir, "evaluation"), "--out")
     settings = {
         "workdir": str(args.workdir),
         "epoch": args.epoch,

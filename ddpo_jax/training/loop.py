@@ -22,7 +22,7 @@ from ddpo_jax.training.build import build, describe
 from ddpo_jax.training.epoch import branch_step, refresh, update
 from ddpo_jax.training.record import Record
 from ddpo_jax.training.state import restore, save, show_fixed
-from ddpo_jax.workdir import checkpoint
+from ddpo_jax.workdir import checkpoint, elsewhere
 from ddpo_jax.workdir.folder import Signals, finish, refuse_other_run
 from ddpo_jax.workdir.lock import Lock
 
@@ -37,22 +37,29 @@ def train(ready: Ready, workdir: pathlib.Path) -> None:
     """
     exchange.require_same("config", to_json(ready.config))
     with contextlib.ExitStack() as stack:
-        lock = None
+        lock, there = None, elsewhere.apart(ready.config, workdir)
+        copies = elsewhere.Copies(there, workdir) if there else None
         with exchange.together(InputError, RunFailure):
             if exchange.is_first():
                 lock = stack.enter_context(Lock(workdir))
                 refuse_other_run(ready.config, workdir)
+                if copies:
+                    copies.take()
         with others_alive():
-            if _train(ready, workdir, lock) and exchange.is_first():
-                finish(workdir)
+            if _train(ready, workdir, lock, copies) and exchange.is_first():
+                finish(workdir, there)
 
 
-def _train(ready: Ready, workdir: pathlib.Path, lock: Lock | None) -> bool:
+def _train(ready: Ready, workdir: pathlib.Path, lock: Lock | None, copies: elsewhere.Copies | None) -> bool:
     """Whether there is something to show: not if the run was finished before and its curve is there."""
     config = ready.config
     parts = build(ready)
     stats = PromptStats()
-    saver = checkpoint.Checkpointer(workdir, config.checkpoint.every, config.checkpoint.keep)
+    saver = checkpoint.Checkpointer(
+        elsewhere.home(config, workdir),
+        *(config.checkpoint.every, config.checkpoint.keep),
+        before_save=copies.give if copies else None,
+    )
     with Signals(parts.reward.waits_for) as signals, saver, parts.reward:
         if parts.evaluation:  # before ``restore``, which frees the untrained parameters
             parts.evaluation.start(sharding.put_params(parts.model.params, parts.mesh, parts.sampler.rules))

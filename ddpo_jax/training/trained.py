@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Sequence
 
 import jax
@@ -21,6 +20,7 @@ from ddpo_jax.models import lora
 from ddpo_jax.models.functional import check_shapes
 from ddpo_jax.training.build import Model, load_model, make_sampler
 from ddpo_jax.types import Params
+from ddpo_jax.workdir import elsewhere
 from ddpo_jax.workdir.checkpoint import Checkpointer, Damaged
 from ddpo_jax.workdir.folder import read_config
 
@@ -129,7 +129,7 @@ def read_params(
     """
     if ema and not config.train.ema_decay:
         raise InputError("--ema: the run kept no average (train.ema_decay=0); it must be above 0; leave out --ema")
-    with Checkpointer(pathlib.Path(workdir).expanduser(), read_only=True) as saver:
+    with Checkpointer(elsewhere.home(config, workdir), read_only=True) as saver:
         numbers, damaged = _numbers(saver, epoch), []
         for number in numbers:
             try:

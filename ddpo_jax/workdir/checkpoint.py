@@ -1,7 +1,8 @@
 """Checkpoints of a run: orbax behind one small class.
 
 A checkpoint is a folder ``checkpoints/<epoch>`` that orbax writes under a temporary name and renames when it is
-complete, so a process killed in mid-save leaves the earlier ones as they were. Inside: ``arrays`` (one entry per leaf,
+complete, so a process killed in mid-save leaves the earlier ones as they were. In a bucket, which cannot rename, it is
+complete when ``commit_success.txt`` is there, which is written last. Inside: ``arrays`` (one entry per leaf,
 named by its path in the tree, and ``checksums.json``, by which a byte that changed on disk is noticed) and ``reward``
 (the mean reward, by which the best one is kept).
 
@@ -14,10 +15,8 @@ import contextlib
 import json
 import math
 import os
-import pathlib
 import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -25,10 +24,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from etils import epath
 
 from ddpo_jax.errors import InputError, Interrupted, RunFailure, one_line
 from ddpo_jax.hosts import exchange
-from ddpo_jax.workdir import checksums, files, named
+from ddpo_jax.workdir import address, checksums, files, named
 from ddpo_jax.workdir.checksums import Damaged
 
 __all__ = ["Checkpointer", "Damaged"]
@@ -43,28 +43,37 @@ class Checkpointer:
     As a context manager it writes, when an exception ends the run, the epochs whose turn to be saved had not come.
 
     Args:
-      workdir: folder of the run; checkpoints go to ``workdir/checkpoints``.
+      workdir: folder of the run, or an address; checkpoints go to ``workdir/checkpoints``.
       every: epochs between saves.
       keep: how many of the newest to keep. The best by mean reward is kept as well.
       read_only: leave the folder as it is (a run may be writing there) and refuse to save.
+      before_save: called by process 0 before each checkpoint is written; what it raises is why that cannot be.
 
     Raises:
       InputError: ``workdir/checkpoints`` cannot be a folder of checkpoints, or ``every`` or ``keep`` is below 1.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], every: int = 1, keep: int = 2, read_only: bool = False):
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        every: int = 1,
+        keep: int = 2,
+        read_only: bool = False,
+        before_save: Callable[[], None] | None = None,
+    ):
         for key, value in (("checkpoint.every", every), ("checkpoint.keep", keep)):
             if value < 1:
                 raise InputError(f"{key}: received {value}; expected an integer of at least 1")
-        self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
-        self._every, self._keep, self._read_only = every, keep, read_only
+        self.folder = address.folder(workdir) / "checkpoints"
+        self._every, self._keep, self._read_only, self._before_save = every, keep, read_only, before_save
         self._held: tuple[int, dict[str, Any], float] | None = None  # for ``_write``: not on disk yet
-        if read_only and not self.folder.is_dir():
-            raise InputError(f"checkpoints: no folder {self.folder}; give the --workdir of a run that has saved")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"checkpoints: cannot make the folder {self.folder}: {error.strerror}") from error
+        with address.reaching(self.folder):
+            if read_only and not address.is_there(self.folder):
+                raise InputError(f"checkpoints: no folder {self.folder}; give the --workdir of a run that has saved")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise InputError(f"checkpoints: cannot make the folder {self.folder}: {_cause(error)}") from error
         self._rewards: dict[int, float] = {}  # mean reward of each checkpoint
         self._manager = self._open()
 
@@ -87,9 +96,10 @@ class Checkpointer:
         try:
             manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
         except Exception as error:  # orbax raises many kinds
-            fix = "put that right, or use another --workdir"
+            other = "checkpoint.folder" if address.is_address(self.folder) else "--workdir"
+            fix = f"put that right, or use another {other}"
             raise InputError(f"checkpoints: {self.folder} cannot be opened: {_cause(error)}; {fix}") from error
-        self._file = os.open(self.folder, os.O_RDONLY)
+        self._file = None if address.is_address(self.folder) else os.open(self.folder, os.O_RDONLY)
         for epoch in manager.all_steps():
             self._rewards[epoch] = _reward(self.folder / str(epoch))
         return manager
@@ -124,6 +134,10 @@ class Checkpointer:
             return self._write(epoch, stored, reward_mean)
 
     def _write(self, epoch: int, stored: dict[str, Any], reward_mean: float) -> bool:
+        if self._before_save is not None:
+            with exchange.together(RunFailure), self._writing():
+                if exchange.is_first():
+                    self._before_save()
         self._rewards[epoch] = -math.inf if math.isnan(reward_mean) else float(reward_mean)
         reward = ocp.args.JsonSave({"reward_mean": self._rewards[epoch]})
         items = ocp.args.Composite(arrays=ocp.args.PyTreeSave(stored), reward=reward)
@@ -131,7 +145,7 @@ class Checkpointer:
 
     def _make_again(self) -> None:
         """Starts with an empty folder where the one that was opened is not any more."""
-        if files.is_at(self._file, self.folder):
+        if self._file is None or files.is_at(self._file, self.folder):
             return
         if not self.folder.parent.is_dir():
             raise RunFailure(f"{self.folder.parent} was removed or renamed while the run went on")
@@ -190,8 +204,8 @@ class Checkpointer:
             aside = self.folder / f"{epoch}.damaged"
             with exchange.together(RunFailure), self._writing():
                 if exchange.is_first():
-                    shutil.rmtree(aside, ignore_errors=True)
-                    os.rename(self.folder / str(epoch), aside)
+                    aside.rmtree(missing_ok=True)
+                    (self.folder / str(epoch)).rename(aside)
             self._manager.reload()
 
     def restore_epoch(self, epoch: int, like: Any) -> Any:
@@ -226,7 +240,7 @@ class Checkpointer:
         if epoch not in self._manager.all_steps():
             raise InputError(f"checkpoints: no epoch {epoch} in {self.folder}; there are: {self.epochs()}")
         verified = False
-        with exchange.together(Damaged):
+        with exchange.together(Damaged, InputError):
             if exchange.is_first():
                 verified = checksums.verify(folder / "arrays")
                 if not verified and not (folder / "meta").is_dir():  # which versions wrote that wrote no checksums
@@ -295,7 +309,8 @@ class Checkpointer:
         finally:
             with contextlib.suppress(Exception):  # of the failed save once more
                 self._manager.close()
-            os.close(self._file)
+            if self._file is not None:
+                os.close(self._file)
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -331,16 +346,16 @@ class _Arrays(ocp.PyTreeCheckpointHandler):
     def finalize(self, directory: Any) -> None:
         super().finalize(directory)
         if exchange.is_first():
-            checksums.write(pathlib.Path(directory))
+            checksums.write(epath.Path(directory))
 
 
 def _cause(error: BaseException) -> str:
-    """What a person needs of the exception: the operating system's words, which tensorstore puts into long texts."""
+    """What a person needs of the exception: the system's words or the bucket's, out of tensorstore's long texts."""
     known: BaseException | None = error
     while known is not None:
         if isinstance(known, OSError) and known.strerror:
             return known.strerror
-        if found := re.search(r"([^:]+) \[os_error_code=", str(known)):
+        if found := re.search(r"([^:]+) \[(?:os_error_code|http_response_code|tensorstore_spec)=", str(known)):
             return found.group(1).strip()
         known = known.__cause__ or known.__context__
     return one_line(error)[:300]
@@ -359,7 +374,7 @@ class _NewestAndBest:
         return [epoch == best or epoch in epochs[-self._keep :] for epoch in epochs]
 
 
-def _reward(folder: pathlib.Path) -> float:
+def _reward(folder: epath.Path) -> float:
     """The mean reward of a checkpoint; minus infinity if nothing says it: then it is never the best of several."""
     earlier = folder / "metrics" / "metrics"  # where earlier versions kept it, and where orbax insists on reading it
     path = earlier if earlier.exists() else folder / "reward" / REWARD

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from ddpo_jax.config import default_config
@@ -19,11 +20,11 @@ from ddpo_jax.config.model import read_json
 from ddpo_jax.config.override import declared_type
 from ddpo_jax.config.validate import RULES
 from ddpo_jax.errors import InputError, Interrupted
-from ddpo_jax.workdir import files, metrics
+from ddpo_jax.workdir import address, elsewhere, files, metrics
 
 # What a resumed run may change, besides log.* and mesh.*.
 FREE = (
-    *("checkpoint.every", "checkpoint.keep", "train.microbatch_size", "reward.wait_s"),
+    *("checkpoint.every", "checkpoint.keep", "checkpoint.folder", "train.microbatch_size", "reward.wait_s"),
     # Where a reward is asked or computed and how long it is waited for; what it says is taken to be the same there.
     *("reward.url", "reward.token", "reward.timeout_s", "reward.patience_s"),
     *("reward.host", "reward.port", "reward.lease_s"),
@@ -32,7 +33,9 @@ FREE = (
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
-def diff_that_matters(old: ConfigDict, new: ConfigDict) -> list[str]:
+def diff_that_matters(
+    old: ConfigDict, new: ConfigDict, where: str = "this folder", other: str = "--workdir"
+) -> list[str]:
     """What forbids to go on with a run: one line for each key whose change would make another run of it.
 
     ``num_epochs`` may grow; ``log.*``, ``mesh.*`` and ``FREE`` may change: on other devices a run goes on with the same
@@ -41,6 +44,8 @@ def diff_that_matters(old: ConfigDict, new: ConfigDict) -> list[str]:
     Args:
       old: the config the run was started with.
       new: the config of this command, resolved in the same way.
+      where: what holds the old run, for the message.
+      other: what to change in order to keep both, for the message.
     """
     before, after = (flatten(from_json(to_json(config))) for config in (old, new))  # tuples in both
     lines = []
@@ -51,7 +56,7 @@ def diff_that_matters(old: ConfigDict, new: ConfigDict) -> list[str]:
         if was == now or (key == "num_epochs" and now > was):
             continue
         rule = "it may only grow" if key == "num_epochs" else "a run keeps it"
-        lines.append(f"{key}: received {now!r}, but the run in this folder has {was!r}; {rule}; use another --workdir")
+        lines.append(f"{key}: received {now!r}, but the run in {where} has {was!r}; {rule}; use another {other}")
     return lines
 
 
@@ -59,16 +64,21 @@ def read_config(workdir: str | os.PathLike[str], complete: bool = True) -> Confi
     """The config that a run was started with, as it was resolved; every key that is there has the right kind of value.
 
     Args:
-      workdir: folder of the run.
+      workdir: folder of the run, or its ``checkpoint.folder``, where a copy is.
       complete: refuse one that lacks keys, which another version of this package wrote. Keys that a resumed run may
         change get their defaults.
 
     Raises:
       InputError: there is none, or one line for each of its faults.
     """
-    path = pathlib.Path(workdir).expanduser() / "config.json"
-    if not path.exists():
-        raise InputError(f"--workdir: received '{workdir}'; there is no config.json in it; give the folder of a run")
+    is_address = address.is_address(workdir)
+    home = address.folder(workdir, "--workdir") if is_address else epath.Path(os.path.expanduser(workdir))
+    path = home / "config.json"
+    with address.reaching(home, "--workdir"):
+        if not path.exists():
+            raise InputError(
+                f"--workdir: received '{workdir}'; there is no config.json in it; give the folder of a run"
+            )
     config, reference = from_object(read_json(path), str(path)), default_config()
     given = flatten(config)
     absent = [key.name for key in KEYS if key.name not in given]
@@ -97,19 +107,47 @@ def read_config(workdir: str | os.PathLike[str], complete: bool = True) -> Confi
 
 
 def refuse_other_run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes ``config.json``; a folder that holds another run is refused, naming what differs."""
+    """Writes ``config.json``; a folder that holds another run is refused, naming what differs.
+
+    So is a ``checkpoint.folder`` that holds another run, or not what this one has saved elsewhere.
+    """
     path = workdir / "config.json"
-    if path.exists():
-        before = read_config(workdir)
-        if faults := diff_that_matters(before, config):
-            raise InputError("\n".join(faults))
-        if to_json(before) == to_json(config):
-            return
-    files.write_text(path, to_json(config))
+    before = read_config(workdir) if path.exists() else None
+    if before is not None and (faults := diff_that_matters(before, config)):
+        raise InputError("\n".join(faults))
+    if there := elsewhere.apart(config, workdir):
+        _refuse_other_run_there(config, there)
+    if before is not None and before.checkpoint.folder != config.checkpoint.folder:
+        _refuse_to_start_anew(before, config, workdir)
+    if before is None or to_json(before) != to_json(config):
+        files.write_text(path, to_json(config))
 
 
-def finish(workdir: pathlib.Path) -> None:
-    """Draws the curve and prints how far the reward rose and where everything is: the result of a run."""
+def _refuse_other_run_there(config: ConfigDict, there: epath.Path) -> None:
+    with address.reaching(there):
+        if (there / "config.json").exists():
+            if faults := diff_that_matters(read_config(there), config, str(there), "checkpoint.folder"):
+                raise InputError("\n".join(faults))
+
+
+def _refuse_to_start_anew(before: ConfigDict, config: ConfigDict, workdir: pathlib.Path) -> None:
+    home = elsewhere.home(config, workdir)
+    with address.reaching(home):
+        if metrics.read_metrics(workdir) and not elsewhere.has_checkpoints(home):
+            raise InputError(
+                f"checkpoint.folder: received {config.checkpoint.folder!r}, where the run in this folder has saved "
+                f"nothing; its checkpoints are in {elsewhere.home(before, workdir) / 'checkpoints'}; copy them to "
+                f"{home / 'checkpoints'}, or leave the key as it was"
+            )
+
+
+def finish(workdir: pathlib.Path, there: epath.Path | None = None) -> None:
+    """Draws the curve and prints how far the reward rose and where everything is: the result of a run.
+
+    Args:
+      workdir: folder of the run.
+      there: the folder that its checkpoints are in, if another.
+    """
     rows = metrics.read_metrics(workdir)
     if not rows:
         logging.info("%s has no %s any more: there is no curve to draw", workdir, metrics.FILE)
@@ -123,6 +161,7 @@ def finish(workdir: pathlib.Path) -> None:
         by = f"{last - first:+.4g}: {deviations:+.2f} standard deviations of the first epoch"
         rise = f"reward {first:.4g} -> {last:.4g} ({by})"
     where = f"In {workdir}: reward.png, samples/, metrics.jsonl, TensorBoard events, checkpoints/"
+    where += f" in {there}" if there else ""
     print(f"{rise} in {rows[-1]['reward_queries']} queries. {where}", flush=True)
 
 

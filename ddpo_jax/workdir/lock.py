@@ -87,14 +87,14 @@ class Lock:
     def _take(self) -> None:
         owner = _owner(self._path)
         if owner is not None:
-            who = f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
+            who = describe(owner)
             if _lives(owner, self._path):
                 raise InputError(
                     f"--workdir: received '{self._path.parent}', in which another run is going on: {who}; wait for its "
                     "end or use another --workdir"
                 )
             logging.info("%s, which held this folder, is gone: this run goes on from what it saved", who)
-        files.write_json(self._path, _this_process())
+        files.write_json(self._path, this_process())
         before = self._file
         with files.writing(self._path):
             self._file = os.open(self._path, os.O_RDWR)
@@ -145,7 +145,13 @@ def _lives(owner: dict[str, Any], path: pathlib.Path) -> bool:
     return False
 
 
-def _this_process() -> dict[str, Any]:
+def describe(owner: dict[str, Any]) -> str:
+    """A process in words."""
+    return f"process {owner['pid']} on {owner['host']}, started {owner['started']}"
+
+
+def this_process() -> dict[str, Any]:
+    """What a lock says of its owner, here of this process."""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     host, pid = socket.gethostname(), os.getpid()
     return {"host": host, "machine": _machine(), "pid": pid, "birth": _birth(pid), "started": now}

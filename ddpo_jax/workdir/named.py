@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from ddpo_jax.errors import InputError
 
@@ -57,7 +57,7 @@ def restore_args(leaf: Any) -> ocp.RestoreArgs:
     return ocp.ArrayRestoreArgs(sharding=sharding)
 
 
-def compare(folder: pathlib.Path, wanted: dict[str, Any], stored: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None:
+def compare(folder: epath.Path, wanted: dict[str, Any], stored: dict[str, tuple[tuple[int, ...], np.dtype]]) -> None:
     """Raises InputError that lists what is missing, left over, or of another shape or dtype."""
     faults = [f"missing: {name}" for name in wanted if name not in stored]
     faults += [f"unexpected: {name}" for name in stored if name not in wanted]
