@@ -23,6 +23,7 @@ setup(
     install_requires=[
         "absl-py>=2.1",
         "clu>=0.0.12",
+        "etils[epath]>=1.9",  # of orbax too
         "flax>=0.12.8,<0.13",
         "huggingface_hub>=1.0",
         "jax>=0.9.1",

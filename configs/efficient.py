@@ -1,7 +1,7 @@
 """The most from a reward query: LOOP on pairs, the squared latent change on all steps, an update after each pair.
 
-command:   python -m ddpo_jax.main --config=configs/efficient.py                    Stable Diffusion, where not tried yet
-           python -m ddpo_jax.main --config=configs/efficient.py:model=mini
+command:   python -m ddpo_jax.main --config=configs/efficient.py:model=mini
+           ...efficient.py     Stable Diffusion, on which it was not tried: docs/efficient.md
 rewards:   ...:reward=aesthetic (here), jpeg_compressibility, mini_verifier, a reward of your own
 """
 

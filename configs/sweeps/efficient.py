@@ -1,4 +1,4 @@
-"""Claim: none of a paper; how many fewer reward queries configs/efficient.py takes than DDPO, and what each part is worth.
+"""Claim: none of a paper; configs/efficient.py takes fewer reward queries than DDPO; what each of its parts is worth.
 
 Source: DDPO as in Black et al. 2023, all steps trained. Show: gains on equal prompts and noise against reward queries
 and against calls of the denoiser, on four rewards; on two of them with one part left out or made as DDPO has it.
