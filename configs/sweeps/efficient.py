@@ -27,7 +27,8 @@ def runs():
         ddpo = f"../papers/ddpo.py:{choices},train.timestep_fraction=1.0{prompts}"
         efficient = f"../efficient.py:{choices}"
         found.append({"panel": reward, "name": "ddpo", "config": ddpo})
-        found.append({"panel": reward, "name": "efficient", "config": efficient + prompts})
+        longer = {"num_epochs": 340} if reward == "mini_verifier" else {}  # it takes more than 400 queries
+        found.append({"panel": reward, "name": "efficient", "config": efficient + prompts} | longer)
         if not prompts and reward != "jpeg_incompressibility":
             for name, other in PARTS.items():
                 config = efficient + other.get("config", "")
