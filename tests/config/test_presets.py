@@ -188,6 +188,15 @@ def test_on_many_prompts_ddpo_has_the_statistics_of_the_whole_batch(preset):
     assert few.prompts.samples_per_prompt == 16 > few.algorithm.min_count == 4
 
 
+@pytest.mark.parametrize(("argument", "backend"), [("", "gpu"), (":model=mini", "cpu")])
+def test_the_recipe_makes_an_update_of_every_pair_of_images_of_one_prompt(argument, backend):
+    config = resolved(f"../efficient.py{argument}", backend=backend)
+    assert with_images(config)["images"] == config.train.batch_size == config.prompts.samples_per_prompt == 2
+    assert config.train.timestep_fraction == 1 and config.num_epochs * 2 == 400
+    assert (config.algorithm.name, config.weighting.name) == ("loop", "latent_change_squared")
+    assert config.train.learning_rate == pytest.approx(9e-3 * (2 / 64) ** 0.5 if backend == "cpu" else 3e-5)
+
+
 def test_the_larger_rate_of_the_replay_sweep_is_that_of_one_more_update():
     """20 images in updates of 4 are 5 updates, and replay is one more."""
     plan = runpy.run_path(str(ROOT / "configs" / "sweeps" / "replay_rules.py"))
