@@ -59,7 +59,7 @@ def algorithm(**declared) -> str:
 # ---- rules ----
 
 WRONG = {
-    "replay.updates": "some", "log.profile": "4:2",
+    "replay.updates": "some", "log.profile": "4:2", "checkpoint.folder": "s3://bucket/run",
     "dtype": "float16", "attention": "fast", "train.remat": "yes", "train.recompute_log_prob": "yes",
     "sample.num_steps": 1001, "train.timestep_fraction": 1.5, "train.adam_b1": 1.0, "train.ema_decay": 1.0,
     "train.step_sampling": "twice", "train.adv_clip_max": float("nan"), "train.learning_rate": float("inf"),
