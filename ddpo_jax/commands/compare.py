@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ddpo_jax.commands import _cli as cli
-from ddpo_jax.studies.compare import compare, table
+from ddpo_jax.studies.compare import compare, read_runs, table
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,5 +40,5 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--out", default="compare", help="folder for compare.json and the plots; compare")
     args = parser.parse_args(argv)
     out = cli.folder_to_write(args.out, "--out")
-    result = compare(args.run_dir, out, args.metric, args.baseline, args.smooth)
+    result = compare(read_runs(args.run_dir), out, args.metric, args.baseline, args.smooth)
     print(f"{table(result)}\nin {out}: compare.json, compare_queries.png, compare_time.png")

@@ -297,7 +297,7 @@ def _gains_table(result: dict[str, Any]) -> list[str]:
 
 
 def compare(
-    folders: Sequence[str],
+    runs: Sequence[Run],
     out: pathlib.Path,
     metric: str = "",
     baseline: str = "",
@@ -307,7 +307,7 @@ def compare(
     """Writes ``compare.json``, ``compare_queries.png`` and ``compare_time.png`` into ``out``; returns the first.
 
     Args:
-      folders: of runs.
+      runs: of ``read_runs``.
       out: folder, made if missing.
       metric: of metrics.jsonl; empty is ``choose_metric``'s.
       baseline: see ``choose_baseline``.
@@ -315,20 +315,8 @@ def compare(
       title: over the plots.
 
     Raises:
-      InputError: runs, metric or baseline cannot be had, in one line each.
+      InputError: metric or baseline cannot be had, in one line each.
     """
-    return compare_runs(read_runs(folders), out, metric, baseline, smooth, title)
-
-
-def compare_runs(
-    runs: Sequence[Run],
-    out: pathlib.Path,
-    metric: str = "",
-    baseline: str = "",
-    smooth: float | None = None,
-    title: str = "",
-) -> dict[str, Any]:
-    """``compare`` of runs that were read."""
     groups = group(runs)
     base = choose_baseline(groups, baseline)
     metric = choose_metric(groups, metric)

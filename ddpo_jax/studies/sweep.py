@@ -284,7 +284,7 @@ def summarise(todo: Sequence[Job], failed: Sequence[Job], out: pathlib.Path, pla
         note = (
             "" if wanted in ("", *labels) else f"\nno run {wanted} among these (--only, or it failed): another baseline"
         )
-        result = compare.compare_runs(runs, folder, metric, labels.get(wanted, ""), title=panel)
+        result = compare.compare(runs, folder, metric, labels.get(wanted, ""), title=panel)
         texts.append(f"{panel} ({folder}/compare.json, compare_queries.png)\n{compare.table(result)}{note}")
         (base,) = [name for name, label in labels.items() if label == result["baseline"]]
         panels.append(_panel(panel, runs, base, result["metric"]))

@@ -163,10 +163,10 @@ def test_the_command_writes_table_json_and_plots(folders, tmp_path, capsys):
 
 
 def test_smoothing_follows_the_length_of_the_runs(folders, tmp_path):
-    short = compare.compare(folders, tmp_path / "short")
+    short = compare.compare(compare.read_runs(folders), tmp_path / "short")
     assert short["smoothing_queries"] == 40 / 8
     long = write(tmp_path / "long", [0.0] * 9, step=500)
-    assert compare.compare([long], tmp_path / "long_out")["smoothing_queries"] == 500
+    assert compare.compare(compare.read_runs([long]), tmp_path / "long_out")["smoothing_queries"] == 500
 
 
 def test_wrong_input_is_one_line(folders, tmp_path, capsys):
@@ -200,7 +200,7 @@ def test_evaluations_are_compared_from_the_untrained_model_on(tmp_path, capsys):
         evaluated(tmp_path / "b0", [3.5, 5.0], 0, calls=200, **hard),
         evaluated(tmp_path / "b1", [3.5, 7.0], 1, calls=200, **hard),
     ]
-    result = compare.compare(runs, tmp_path / "out")
+    result = compare.compare(compare.read_runs(runs), tmp_path / "out")
     assert result["metric"] == "eval/reward/mean" and result["smoothing_queries"] == 0
     base, other = result["groups"]
     assert base["curve"]["reward_queries"] == [0.0, 10.0, 20.0] and base["curve"]["mean"] == [1.0, 2.0, 3.0]
@@ -217,5 +217,5 @@ def test_evaluations_are_compared_from_the_untrained_model_on(tmp_path, capsys):
 
 def test_runs_without_evaluations_are_compared_by_their_training_curves(tmp_path):
     runs = [evaluated(tmp_path / "a", [2.0, 3.0], 0), write(tmp_path / "b", [1.0, 2.0], 1)]
-    result = compare.compare(runs, tmp_path / "out")
+    result = compare.compare(compare.read_runs(runs), tmp_path / "out")
     assert result["metric"] == "reward/mean" and "improvement" not in result["groups"][0]

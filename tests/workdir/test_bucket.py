@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import types
 
 import fake_gcs
 import jax
@@ -19,26 +18,6 @@ from ddpo_jax.workdir.checkpoint import Checkpointer, Damaged
 
 HOME, ROOT = "gs://bucket/runs/one", "runs/one/checkpoints"
 LIKE = {"net": {"x": jnp.zeros(1000), "half": jnp.zeros(3, jnp.bfloat16)}, "host": np.zeros(0, np.int64)}
-
-
-@pytest.fixture
-def bucket(monkeypatch):
-    """Empty; a test sets what it allows and sees what it holds."""
-    bucket = fake_gcs.bucket()
-    bucket.reset()
-    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
-    for name, value in bucket.clients().items():
-        monkeypatch.setenv(name, value)
-    return bucket
-
-
-@pytest.fixture
-def log(monkeypatch):
-    """Warnings of checkpoints."""
-    lines = []
-    stand_in = types.SimpleNamespace(warning=lambda text, *args: lines.append(text % args))
-    monkeypatch.setattr("ddpo_jax.workdir.checkpoint.logging", stand_in)
-    return lines
 
 
 def state(epoch):

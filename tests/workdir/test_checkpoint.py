@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import types
 from typing import NamedTuple
 
 import jax
@@ -233,15 +232,6 @@ def saved(tmp_path_factory):
             values = jax.random.normal(jax.random.key(epoch), (1000,))
             checkpointer.save(epoch, {"x": values, "host": np.arange(5) * epoch}, epoch)
     return folder
-
-
-@pytest.fixture
-def log(monkeypatch):
-    """Warnings of checkpoints."""
-    lines = []
-    stand_in = types.SimpleNamespace(warning=lambda text, *args: lines.append(text % args))
-    monkeypatch.setattr("ddpo_jax.workdir.checkpoint.logging", stand_in)
-    return lines
 
 
 def files_of(folder):

@@ -38,15 +38,11 @@ def finished(folder, tmp_path_factory):
 
 
 @pytest.fixture
-def home(request, monkeypatch, tmp_path):
+def home(request, tmp_path):
     """What ``checkpoint.folder`` is set to: a bucket, or as its parameter says another disk."""
     if hasattr(request, "param"):
         return str(tmp_path / request.param)
-    bucket = fake_gcs.bucket()
-    bucket.reset()
-    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
-    for name, value in bucket.clients().items():
-        monkeypatch.setenv(name, value)
+    request.getfixturevalue("bucket")
     return "gs://bucket/run"
 
 
@@ -199,12 +195,7 @@ def test_a_bucket_that_is_closed_in_mid_run(folder, finished, home, tmp_path):
 
 
 @pytest.mark.parametrize("why", ["nobody answers", "no such bucket", "not allowed"])
-def test_a_bucket_that_cannot_be_used_is_one_line(folder, monkeypatch, tmp_path, capfd, why):
-    bucket = fake_gcs.bucket()
-    bucket.reset()
-    for name, value in bucket.clients().items():
-        monkeypatch.setenv(name, value)
-
+def test_a_bucket_that_cannot_be_used_is_one_line(folder, bucket, monkeypatch, tmp_path, capfd, why):
     def refuse(method, name):
         raise fake_gcs.Refused(401, "Anonymous caller does not have storage.objects.get access")
 
