@@ -144,6 +144,9 @@ def _refuse_to_start_anew(before: ConfigDict, config: ConfigDict, workdir: pathl
 def finish(workdir: pathlib.Path, there: epath.Path | None = None) -> None:
     """Draws the curve and prints how far the reward rose and where everything is: the result of a run.
 
+    Where the run was evaluated, its last evaluation is told as well: the mean paired difference to the untrained model
+    and its standard error. With epochs of few images that alone says how far it got.
+
     Args:
       workdir: folder of the run.
       there: the folder that its checkpoints are in, if another.
@@ -160,9 +163,15 @@ def finish(workdir: pathlib.Path, there: epath.Path | None = None) -> None:
         deviations = (last - first) / max(rows[0].get("reward/std") or 0.0, 1e-12)
         by = f"{last - first:+.4g}: {deviations:+.2f} standard deviations of the first epoch"
         rise = f"reward {first:.4g} -> {last:.4g} ({by})"
+    queries = f"in {rows[-1]['reward_queries']} queries"
+    keys = ("eval/reward/difference", "eval/reward/standard_error")
+    if paired := [row for row in rows if all(row.get(key) is not None for key in keys)]:
+        gain, error = (paired[-1][key] for key in keys)
+        when = "" if paired[-1] is rows[-1] else f" after {paired[-1]['reward_queries']}"
+        queries += f"; on equal prompts and noise {gain:+.3g} ± {error:.2g}{when}"
     where = f"In {workdir}: reward.png, samples/, metrics.jsonl, TensorBoard events, checkpoints/"
     where += f" in {there}" if there else ""
-    print(f"{rise} in {rows[-1]['reward_queries']} queries. {where}", flush=True)
+    print(f"{rise} {queries}. {where}", flush=True)
 
 
 class Signals:

@@ -178,6 +178,18 @@ def test_the_result_of_a_run_is_on_standard_output(tmp_path, capsys):
     assert not printed.err
 
 
+@pytest.mark.parametrize(("epochs", "when"), [(2, ""), (3, " after 128")])
+def test_the_result_of_an_evaluated_run_tells_its_last_evaluation(tmp_path, capsys, epochs, when):
+    with metrics.Writer(tmp_path) as writer:
+        for epoch, gain in list(enumerate((0.1, 0.5678, None)))[:epochs]:
+            evaluation = {"eval/reward/difference": gain, "eval/reward/standard_error": 0.123} if gain else {}
+            writer.write(
+                {"epoch": epoch, "reward/mean": 1.0, "reward/std": 0.5, "reward_queries": 64 * (epoch + 1)} | evaluation
+            )
+    folder.finish(tmp_path)
+    assert f" queries; on equal prompts and noise +0.568 ± 0.12{when}. In " in capsys.readouterr().out
+
+
 def test_a_finished_run_whose_metrics_are_gone_ends_well(tmp_path):
     folder.finish(tmp_path)
     assert not list(tmp_path.iterdir())
