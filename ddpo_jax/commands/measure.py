@@ -16,7 +16,6 @@ example:
 
 from __future__ import annotations
 
-import pathlib
 from collections.abc import Sequence
 
 from ddpo_jax.commands import _cli as cli
@@ -27,7 +26,7 @@ from ddpo_jax.errors import InputError
 from ddpo_jax.studies.measure import BRANCH, X0, Plan, measure, text, write
 
 
-def parse(argv: Sequence[str]) -> tuple[flags.Arguments, pathlib.Path, Plan]:
+def parse(argv: Sequence[str]) -> tuple[flags.Arguments, str, Plan]:
     """(config, folder for the results, plan) of a command line.
 
     Raises:
@@ -54,7 +53,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.Arguments, pathlib.Path, Plan]:
         faults.append(str(error))
     if faults:
         raise InputError("\n".join(faults))
-    return arguments, pathlib.Path(args.out), Plan(what, args.num_prompts, args.repeats, args.branches)
+    return arguments, args.out, Plan(what, args.num_prompts, args.repeats, args.branches)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -64,8 +63,8 @@ def main(argv: Sequence[str]) -> None:
     config = flags.load(arguments)
     choose(config, "weighting", "uniform")  # the one of the config may need the table that this writes
     ready = make_ready(config, *cli.start_jax())
-    out = cli.folder_to_write(out, "--out")
+    folder = cli.folder_to_write(out, "--out")
     table = measure(ready, plan)
-    write(table, out)
+    write(table, folder)
     print(text(table))
-    print(f"wrote {out / 'measure.json'} and {out / 'measure.png'}")
+    print(f"wrote {folder / 'measure.json'} and {folder / 'measure.png'}")

@@ -10,7 +10,6 @@ example:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from ddpo_jax.commands import _cli as cli
 from ddpo_jax.mini.pretrain import ASSETS, ORDER, run
@@ -20,16 +19,16 @@ from ddpo_jax.mini.sizes import SCALES
 def main(argv: Sequence[str]) -> None:
     """The command."""
     parser = cli.Parser("pretrain", __doc__)
-    parser.add_argument("--workdir", type=Path, default=Path("runs/pretrain"), help="checkpoints and pictures")
+    parser.add_argument("--workdir", default="runs/pretrain", help="checkpoints and pictures")
     parser.add_argument("--stages", default="all", help=f"comma-separated, of {', '.join(ORDER)}; default all")
     parser.add_argument("--scale", choices=sorted(SCALES), default="full", help="tiny is for a trial of a minute")
     parser.add_argument("--seed", type=cli.seed, default=0, help="of everything drawn; 0")
     parser.add_argument(
-        "--assets", type=Path, help="folder to write; default: the package's own at full scale, else WORKDIR/assets"
+        "--assets", help="folder to write; default: the package's own at full scale, else WORKDIR/assets"
     )
     parser.add_argument("--note", default="", help="a remark on this run, kept in the quality table")
     options = parser.parse_args(argv)
-    assets = options.assets or (ASSETS if options.scale == "full" else options.workdir / "assets")
-    for flag, folder in (("--workdir", options.workdir), ("--assets", assets)):
-        cli.folder_to_write(folder, flag)
-    run(options.workdir, assets, options.stages, options.scale, options.seed, options.note)
+    workdir = cli.folder_to_write(options.workdir, "--workdir")
+    default = ASSETS if options.scale == "full" else workdir / "assets"
+    assets = cli.folder_to_write(options.assets or default, "--assets")
+    run(workdir, assets, options.stages, options.scale, options.seed, options.note)

@@ -70,6 +70,14 @@ def test_folders_that_cannot_be_written(here, capsys, name, kind):
     assert (here / "file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_address_does_not_become_a_folder(here, capsys, name):
+    command, argv = COMMANDS[name]
+    said = line(capsys, command, *(word.replace("OUT", "gs://bucket/x") for word in argv))
+    assert "received 'gs://bucket/x'; it is an address" in said
+    assert not list(here.glob("gs*"))
+
+
 @pytest.mark.parametrize("out", ["folder.png", "file/x.png", "/proc/x.png", "n" * 300 + ".png", "~nobody-of-it/x.png"])
 def test_files_that_cannot_be_written(here, capsys, out):
     said = line(capsys, sample.main, "--model=mini", "--prompt=a", f"--out={out}")
