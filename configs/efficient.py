@@ -1,4 +1,4 @@
-"""The most from a reward query: LOOP on pairs, the squared latent change on all steps, an update after each pair.
+"""The most from a reward query: DDPO with an update after each pair of images, squared latent change, all steps.
 
 command:   python -m ddpo_jax.main --config=configs/efficient.py:model=mini
            ...efficient.py     Stable Diffusion, on which it was not tried: docs/efficient.md
@@ -24,7 +24,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.sample.num_batches_per_epoch = 1
     config.sample.num_steps = 20
     config.train.learning_rate = 3e-5
-    choose(config, "algorithm", "loop")
+    choose(config, "algorithm", "ddpo")
     choose(config, "weighting", "latent_change_squared")
     choose(config, "reward", "aesthetic")
     choose(config, "prompts", "animals")

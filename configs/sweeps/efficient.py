@@ -12,9 +12,9 @@ REWARDS = {
     "jpeg_incompressibility": "",
     "mini_verifier": ",prompts.category=color,prompts.count=8",
 }
+LOOP = {"config": ",algorithm=loop"}
 PARTS = {
     "uniform_weighting": {"config": ",weighting=uniform"},
-    "ddpo_advantages": {"config": ",algorithm=ddpo"},
     "three_of_ten_steps": {"train.timestep_fraction": 0.3},
     "epochs_of_20": {"sample.batch_size": 20, "num_epochs": 20, "log.evaluate_every": 2, "checkpoint.every": 2},
 }
@@ -25,12 +25,10 @@ def runs():
     for reward, prompts in REWARDS.items():
         choices = f"model=mini,reward={reward}"
         ddpo = f"../papers/ddpo.py:{choices},train.timestep_fraction=1.0{prompts}"
-        efficient = f"../efficient.py:{choices}"
         found.append({"panel": reward, "name": "ddpo", "config": ddpo})
-        longer = {"num_epochs": 340} if reward == "mini_verifier" else {}  # it takes more than 400 queries
-        found.append({"panel": reward, "name": "efficient", "config": efficient + prompts} | longer)
-        if not prompts and reward != "jpeg_incompressibility":
-            for name, other in PARTS.items():
-                config = efficient + other.get("config", "")
-                found.append({"panel": reward, "name": name} | other | {"config": config})
+        parts = PARTS if reward in ("jpeg_compressibility", "aesthetic") else {}
+        longer = {"num_epochs": 512} if reward == "mini_verifier" else {}  # 400 queries are too few there
+        for name, other in {"efficient": {}, "loop_advantages": LOOP, **parts}.items():
+            config = f"../efficient.py:{choices}{prompts}" + other.get("config", "")
+            found.append({"panel": reward, "name": name} | longer | other | {"config": config})
     return found
