@@ -4,7 +4,7 @@ Source: Black et al. 2023, Fig. 4 (section 6.1); Gao et al. 2025, section 4.2. S
 sampler for all; SF makes one update of an epoch, as it must, the others four.
 """
 
-BASELINE = "rwr"
+BASELINE = "ddpo"
 
 
 def runs():

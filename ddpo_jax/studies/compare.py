@@ -227,8 +227,8 @@ def improvement(base: Group, member: Group) -> dict[str, Any]:
 
     Returns:
       ``gain``: the interquartile mean over seeds of the gain, in units of the metric; ``normalised_gain``: the same in
-      units of the baseline's; ``probability``: that a run gains more than one of the baseline; ``call_speed_up``: how
-      many times fewer calls of the denoiser it takes to the baseline's final value.
+      units of the baseline's, None where that gains nothing; ``probability``: that a run gains more than one of the
+      baseline; ``call_speed_up``: how many times fewer calls of the denoiser it takes to the baseline's final value.
     """
     ours, theirs = [curves.gains(member.curves)], [curves.gains(base.curves)]
 
@@ -243,6 +243,8 @@ def improvement(base: Group, member: Group) -> dict[str, Any]:
     if base is member:  # against itself: by definition
         estimates |= {"normalised_gain": statistics.Estimate(1.0, None), "probability": statistics.Estimate(0.5, None)}
     found: dict[str, Any] = {name: {"value": e.value, "interval": e.interval} for name, e in estimates.items()}
+    if theirs[0].mean() <= 0 and base is not member:
+        found["normalised_gain"] = {"value": None, "interval": None}
     by_calls = [[curve.by_calls() for curve in group.curves] for group in (base, member)]
     if all(curve is not None for group in by_calls for curve in group):
         theirs_by_calls, ours_by_calls = ([curve for curve in group if curve is not None] for group in by_calls)

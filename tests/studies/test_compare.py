@@ -215,6 +215,19 @@ def test_evaluations_are_compared_from_the_untrained_model_on(tmp_path, capsys):
     assert "of the baseline's" in text and "2.5 [2, 3]" in text and "1.25" in text
 
 
+def test_nothing_is_told_in_units_of_a_baseline_that_gains_nothing(tmp_path):
+    runs = [
+        evaluated(tmp_path / "a0", [0.9, 0.5], 0),
+        evaluated(tmp_path / "a1", [0.9, 0.7], 1),
+        evaluated(tmp_path / "b0", [3.5, 5.0], 0, **{"replay.name": "hard"}),
+    ]
+    result = compare.compare(compare.read_runs(runs), tmp_path / "out")
+    base, other = (entry["improvement"] for entry in result["groups"])
+    assert other["normalised_gain"] == {"value": None, "interval": None} and other["gain"]["value"] == 4.0
+    assert base["normalised_gain"]["value"] == 1.0 and base["gain"]["value"] < 0
+    assert "inf" not in compare.table(result)
+
+
 def test_runs_without_evaluations_are_compared_by_their_training_curves(tmp_path):
     runs = [evaluated(tmp_path / "a", [2.0, 3.0], 0), write(tmp_path / "b", [1.0, 2.0], 1)]
     result = compare.compare(compare.read_runs(runs), tmp_path / "out")
