@@ -235,16 +235,17 @@ def improvement(base: Group, member: Group) -> dict[str, Any]:
     def ratio(a: statistics.Panels, b: statistics.Panels) -> float:
         return statistics.interquartile_mean(a) / statistics.interquartile_mean(b)
 
-    estimates = {
-        "gain": statistics.bootstrap(statistics.interquartile_mean, ours),
-        "normalised_gain": statistics.bootstrap(ratio, ours, theirs),
-        "probability": statistics.bootstrap(statistics.probability_of_improvement, ours, theirs),
+    estimates: dict[str, statistics.Estimate | None] = {
+        "gain": statistics.bootstrap(statistics.interquartile_mean, ours)
     }
     if base is member:  # against itself: by definition
         estimates |= {"normalised_gain": statistics.Estimate(1.0, None), "probability": statistics.Estimate(0.5, None)}
-    found: dict[str, Any] = {name: {"value": e.value, "interval": e.interval} for name, e in estimates.items()}
-    if theirs[0].mean() <= 0 and base is not member:
-        found["normalised_gain"] = {"value": None, "interval": None}
+    else:
+        estimates |= {
+            "normalised_gain": statistics.bootstrap(ratio, ours, theirs) if curves.rises(theirs[0]) else None,
+            "probability": statistics.bootstrap(statistics.probability_of_improvement, ours, theirs),
+        }
+    found: dict[str, Any] = {name: statistics.as_dict(estimate) for name, estimate in estimates.items()}
     by_calls = [[curve.by_calls() for curve in group.curves] for group in (base, member)]
     if all(curve is not None for group in by_calls for curve in group):
         theirs_by_calls, ours_by_calls = ([curve for curve in group if curve is not None] for group in by_calls)

@@ -80,6 +80,11 @@ def gains(curves: Sequence[Curve]) -> Float[np.ndarray, " S"]:
     return np.array([c.values[-1] - c.values[0] for c in curves])
 
 
+def rises(gains: Float[np.ndarray, " S"]) -> bool:
+    """Whether a baseline gains anything, so that other gains can be told in units of its own."""
+    return bool(gains.mean() > 0)
+
+
 def interval(values: Float[np.ndarray, " S"]) -> tuple[float, float | None]:
     """Mean and half width of its 95 % confidence interval (Student's t); None for a single value."""
     from scipy import stats  # here because it takes a second

@@ -46,7 +46,7 @@ def overview(panels: Sequence[Panel], difference: float | None = None) -> dict[s
     """
     shared = [name for name in panels[0].runs if all(name in panel.runs for panel in panels)]
     theirs = [curves.gains(panel.runs[panel.baseline]) for panel in panels]
-    rising = [gains.mean() > 0 for gains in theirs]
+    rising = [curves.rises(gains) for gains in theirs]
     methods: dict[str, Any] = {}
     for name in shared:
         gain: statistics.Estimate | None
@@ -60,8 +60,8 @@ def overview(panels: Sequence[Panel], difference: float | None = None) -> dict[s
             gain = statistics.bootstrap(_normalised, *kept) if any(rising) else None
             wins = statistics.bootstrap(statistics.probability_of_improvement, ours, theirs)
         methods[name] = {
-            "normalised_gain": {"value": None, "interval": None} if gain is None else dataclasses.asdict(gain),
-            "probability": dataclasses.asdict(wins),
+            "normalised_gain": statistics.as_dict(gain),
+            "probability": statistics.as_dict(wins),
             "speed_up": {panel.title: _speed_up(panel, name) for panel in panels},
         }
     found: dict[str, Any] = {"baseline": {panel.title: panel.baseline for panel in panels}, "methods": methods}
@@ -70,8 +70,8 @@ def overview(panels: Sequence[Panel], difference: float | None = None) -> dict[s
         found["difference"] = difference
         found["seeds_needed"] = {
             panel.title: statistics.seeds_needed(float(gains.std(ddof=1)), difference * float(gains.mean()))
-            for panel, gains in zip(panels, theirs, strict=True)
-            if len(gains) > 1 and gains.mean() > 0
+            for panel, gains, rises in zip(panels, theirs, rising, strict=True)
+            if len(gains) > 1 and rises
         }
     return found
 

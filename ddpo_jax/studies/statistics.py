@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -29,6 +30,11 @@ class Estimate:
         if self.interval is None:
             return f"{self.value:.3g}"
         return f"{self.value:.3g} [{self.interval[0]:.3g}, {self.interval[1]:.3g}]"
+
+
+def as_dict(estimate: Estimate | None) -> dict[str, Any]:
+    """``value`` and ``interval`` for JSON, both None where nothing can be told."""
+    return {"value": None, "interval": None} if estimate is None else dataclasses.asdict(estimate)
 
 
 def interquartile_mean(panels: Panels) -> float:
