@@ -3,7 +3,7 @@
 command:   python -m ddpo_jax.main --config=configs/efficient.py:model=mini
            ...efficient.py     Stable Diffusion, on which it was not tried: docs/efficient.md
 run time:  on the miniature 200 epochs of 2 images: 75 to 105 s on one thread of a busy core
-expect:    on the miniature what DDPO gains from 1536 queries after some 110 to 175 (three seeds, three rewards), and
+expect:    on the miniature what DDPO gains from 1536 queries after 131 to 155 (five seeds, three rewards), and
            over-optimised pictures after 400: docs/efficient.md
 rewards:   ...:reward=aesthetic (here), jpeg_compressibility, mini_verifier, a reward of your own
 """

@@ -1,7 +1,8 @@
 """Claim: none of a paper; configs/efficient.py takes fewer reward queries than DDPO; what each of its parts is worth.
 
 Source: DDPO as in Black et al. 2023, all steps trained. Show: gains on equal prompts and noise against reward queries
-and against calls of the denoiser, on four rewards; on two of them with one part left out or made as DDPO has it.
+and against calls of the denoiser, on four rewards, with LOOP's advantages as well; on two with one part made as DDPO
+has it.
 """
 
 BASELINE = "ddpo"
@@ -12,7 +13,6 @@ REWARDS = {
     "jpeg_incompressibility": "",
     "mini_verifier": ",prompts.category=color,prompts.count=8",
 }
-LOOP = {"config": ",algorithm=loop"}
 PARTS = {
     "uniform_weighting": {"config": ",weighting=uniform"},
     "three_of_ten_steps": {"train.timestep_fraction": 0.3},
@@ -28,7 +28,7 @@ def runs():
         found.append({"panel": reward, "name": "ddpo", "config": ddpo})
         parts = PARTS if reward in ("jpeg_compressibility", "aesthetic") else {}
         longer = {"num_epochs": 512} if reward == "mini_verifier" else {}  # 400 queries are too few there
-        for name, other in {"efficient": {}, "loop_advantages": LOOP, **parts}.items():
+        for name, other in ({"efficient": {}, "loop_advantages": {"config": ",algorithm=loop"}} | parts).items():
             config = f"../efficient.py:{choices}{prompts}" + other.get("config", "")
             found.append({"panel": reward, "name": name} | longer | other | {"config": config})
     return found
