@@ -19,6 +19,7 @@ from ddpo_jax.errors import RunFailure
 
 GRACE_S = 5.0  # seconds that process 0 has to notice by itself that it computes with one that is gone, and to tidy up
 RETRY_S = 0.2
+SAID_S = 2.0  # seconds that a process which has connected has to say its number
 
 
 class RollCall:
@@ -66,10 +67,8 @@ class RollCall:
         with server:
             while len(self._peers) < self._count - 1 and (left := self._end - time.monotonic()) > 0:
                 server.settimeout(left)
-                with contextlib.suppress(OSError, ValueError):  # too late, or something that is not of this run
-                    peer, _ = server.accept()
-                    peer.settimeout(RETRY_S * 10)
-                    self._peers[int(peer.recv(16).decode())] = peer
+                with contextlib.suppress(OSError):  # too late
+                    self._welcome(server.accept()[0])
         absent = [str(rank) for rank in range(1, self._count) if rank not in self._peers]
         answer = f"absent {', '.join(absent)}\n" if absent else "all\n"
         for peer in self._peers.values():
@@ -78,25 +77,32 @@ class RollCall:
         if absent:
             raise RunFailure(self._absent(", ".join(absent)))
 
+    def _welcome(self, peer: socket.socket) -> None:
+        """Takes up a process that says its number at once; any other is sent away and may come again."""
+        peer.settimeout(SAID_S)
+        try:
+            self._peers[int(peer.recv(16).decode())] = peer
+        except (OSError, ValueError):
+            peer.close()
+
     def _meet_first(self) -> None:
-        peer = None
-        while peer is None:
+        answer = ""
+        while not answer:  # process 0 is not there yet, or its name is not known yet, or it sent us away
             left = self._end - time.monotonic()
             if left <= 0:
                 raise RunFailure(self._absent("0"))
-            try:
+            with contextlib.suppress(OSError, UnicodeDecodeError):
                 peer = socket.create_connection(self._place, timeout=left)
-                peer.sendall(str(self._rank).encode())
-            except OSError:  # it is not there yet, or its name is not known yet
-                peer = None
+                if peer.getsockname() == peer.getpeername():  # where nobody listens yet, TCP can meet itself
+                    peer.close()
+                else:
+                    peer.sendall(str(self._rank).encode())
+                    peer.settimeout(left + SAID_S)
+                    answer = peer.recv(1000).decode().strip()
+            if not answer:
                 time.sleep(RETRY_S)
-        peer.settimeout(max(self._end - time.monotonic(), 0) + 10 * RETRY_S)
-        try:
-            answer = peer.recv(1000).decode().strip()
-        except OSError:
-            answer = ""
         if answer != "all":
-            raise RunFailure(self._absent(answer.removeprefix("absent ") or "0"))
+            raise RunFailure(self._absent(answer.removeprefix("absent ")))
         self._peers[0] = peer
 
     def _watch(self) -> None:

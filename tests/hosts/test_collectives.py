@@ -2,9 +2,10 @@
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
+
+from ports import free_pair
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 SIZES = [2**18, 2**21 - 2, 2**21, 2**21 + 2, 2**22]  # f32 elements; parts of 4 MiB in the middle
@@ -13,9 +14,7 @@ OURS = ["scatter_grads", "psum", "gather_params"]
 
 def test_what_training_computes_with_is_right():
     """``psum_scatter`` itself is run beside them and may be right or wrong: it was wrong once in three times."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_pair()}"
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     started = [

@@ -5,16 +5,15 @@ import threading
 import time
 
 import pytest
+from ports import free_pair
 
 from ddpo_jax.errors import RunFailure
-from ddpo_jax.hosts.roll_call import RollCall
+from ddpo_jax.hosts.roll_call import SAID_S, RollCall
 
 
 @pytest.fixture
 def address():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{free.getsockname()[1] - 1}"
+    return f"127.0.0.1:{free_pair()}"
 
 
 def meet(address, ranks, count, wait_s, late=None):
@@ -68,6 +67,56 @@ def test_whatever_else_connects_is_left_alone(address):
     thread.start()
     found = meet(address, range(2), 2, 20, {1: 0.6})
     thread.join()
+    for roll in found.values():
+        assert isinstance(roll, RollCall)
+        roll.leave()
+
+
+def test_a_process_that_is_sent_away_comes_again(address, monkeypatch):
+    """It was held up between connecting and saying its number."""
+    host, _, port = address.partition(":")
+    connect = socket.create_connection
+
+    class HeldUp:
+        def __init__(self, peer):
+            self.peer = peer
+
+        def sendall(self, data):
+            time.sleep(SAID_S + 0.5)
+            self.peer.sendall(data)
+
+        def __getattr__(self, name):
+            return getattr(self.peer, name)
+
+    places = []
+
+    def first_held_up(place, timeout):
+        peer = connect(place, timeout)
+        places.append(place)
+        return HeldUp(peer) if len(places) == 1 else peer
+
+    monkeypatch.setattr(socket, "create_connection", first_held_up)
+    found = meet(address, range(2), 2, 20, {1: 0.2})
+    assert places == [(host, int(port) + 1)] * 2
+    for roll in found.values():
+        assert isinstance(roll, RollCall)
+        roll.leave()
+
+
+def test_a_process_that_meets_itself_comes_again(address, monkeypatch):
+    """TCP connects a socket to itself where it is given the port that it calls, and nobody listens there."""
+    connect, own = socket.create_connection, socket.socket()
+    own.bind(("127.0.0.1", 0))
+    own.connect(own.getsockname())
+    calls = []
+
+    def itself_first(place, timeout):
+        calls.append(place)
+        return own if len(calls) == 1 else connect(place, timeout)
+
+    monkeypatch.setattr(socket, "create_connection", itself_first)
+    found = meet(address, range(2), 2, 20)
+    assert len(calls) > 1
     for roll in found.values():
         assert isinstance(roll, RollCall)
         roll.leave()

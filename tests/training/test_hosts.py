@@ -5,12 +5,12 @@ import pathlib
 import re
 import shutil
 import signal
-import socket
 import time
 
 import numpy as np
 import pytest
 import tiny
+from ports import free_pair
 from processes import Starter
 
 from ddpo_jax.types import ScoredSamples
@@ -65,10 +65,8 @@ def start(starter, argv, processes, absent=(), environment=None):
     """Starts the processes of a run that share ``DEVICES`` devices; ``environment`` by number, for some of them."""
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}", "TINY_SHARDED_SIZE": "64"}
     if processes > 1:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        flags |= {"JAX_COORDINATOR_IP": "127.0.0.1", "JAX_COORDINATOR_PORT": str(port), "NNODES": str(processes)}
+        flags |= {"JAX_COORDINATOR_IP": "127.0.0.1", "JAX_COORDINATOR_PORT": str(free_pair())}
+        flags |= {"NNODES": str(processes), "DDPO_WAIT_S": "60"}
     return [
         starter.start(argv, **flags, NODE_RANK=str(rank), **(environment or {}).get(rank, {}))
         for rank in range(processes)
@@ -76,10 +74,18 @@ def start(starter, argv, processes, absent=(), environment=None):
     ]
 
 
+def ended(runs, seconds=300):
+    """Their exit codes; None of one that still runs."""
+    end = time.monotonic() + seconds
+    while None in (codes := [run.poll() for run in runs]) and time.monotonic() < end:
+        time.sleep(0.02)
+    return codes
+
+
 def run(starter, argv, processes):
     """Runs it to its end, which must be a good one."""
     runs = start(starter, argv, processes)
-    assert [run.wait(120) for run in runs] == [0] * processes, "\n\n".join(run.output for run in runs)
+    assert ended(runs) == [0] * processes, "\n\n".join(run.output for run in runs)
     return runs
 
 
@@ -162,7 +168,7 @@ def test_a_reward_that_waits_for_others_is_asked_by_process_0_alone(starter, com
     calls = {"TINY_CALLS": str(tmp_path / "calls")}
     argv = command(tmp_path / "run", num_epochs=1, **{"reward.name": "tiny_reward:patient"})
     runs = start(starter, argv, 2, environment={0: calls, 1: calls})
-    assert [run.wait(120) for run in runs] == [0, 0], runs[0].output
+    assert ended(runs) == [0, 0], "\n\n".join(run.output for run in runs)
     assert (tmp_path / "calls").read_text() == f"{runs[0].pid} 8\n" * 4  # both batches and both evaluations, whole
     assert_close(rows(tmp_path / "run")[0], rows(alone)[0])
 
@@ -204,7 +210,7 @@ def test_a_process_that_dies_ends_the_others_and_nothing_is_lost(starter, comman
     """Process 1 is killed in the second epoch: process 0 ends within ten seconds, and says why."""
     workdir = tmp_path / "run"
     first, second = start(starter, command(workdir), 2, environment={1: {"TINY_KILL_AT": SECOND_EPOCH}})
-    assert second.wait(120) == -signal.SIGKILL
+    assert second.wait() == -signal.SIGKILL
     died = time.monotonic()
     assert first.wait(40) == 1
     assert time.monotonic() - died < 10
@@ -227,7 +233,7 @@ def test_a_signal_to_one_stops_all_after_the_same_epoch(starter, command, pair, 
     runs = start(starter, command(tmp_path / "run", num_epochs=500), 2)
     runs[0].wait_for("epoch 1/500")
     runs[1].signal(signal.SIGTERM)
-    assert [run.wait(60) for run in runs] == [128 + signal.SIGTERM] * 2
+    assert ended(runs) == [128 + signal.SIGTERM] * 2
     last = rows(tmp_path / "run")[-1]["epoch"]
     for each in runs:
         assert re.search(rf"stopped (after epoch {last}|before epoch {last + 1}); the same command", each.output)
@@ -236,7 +242,7 @@ def test_a_signal_to_one_stops_all_after_the_same_epoch(starter, command, pair, 
 
 def test_what_one_process_fails_at_ends_all(starter, command, pair, tmp_path):
     runs = start(starter, command(tmp_path / "run"), 2, environment={1: {"TINY_FAIL_AT": SECOND_EPOCH}})
-    assert [run.wait(120) for run in runs] == [1, 1]
+    assert ended(runs) == [1, 1]
     for each in runs:
         (line,) = each.lines()
         assert line.startswith("error: epoch 1: process 1: reward 'tiny_reward:reward' raised OSError"), line
@@ -244,13 +250,10 @@ def test_what_one_process_fails_at_ends_all(starter, command, pair, tmp_path):
 
 def test_processes_started_differently_are_refused(starter, command, pair, tmp_path):
     """The numbers would be of no run at all."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    variables = {"JAX_COORDINATOR_IP": "127.0.0.1", "JAX_COORDINATOR_PORT": port, "NNODES": "2"}
+    variables = {"JAX_COORDINATOR_IP": "127.0.0.1", "JAX_COORDINATOR_PORT": str(free_pair()), "NNODES": "2"}
     variables["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
     runs = [starter.start(command(tmp_path / "run", seed=seed), **variables, NODE_RANK=str(seed)) for seed in (0, 1)]
-    assert [run.wait(60) for run in runs] == [2, 2]
+    assert ended(runs) == [2, 2]
     for each in runs:
         (line,) = each.lines()
         assert "process 1 was started with another than process 0" in line and '"seed": 1' in line

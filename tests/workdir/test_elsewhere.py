@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import types
 
 import fake_gcs
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_reward
+from ports import free_pair
 from processes import Starter
 
 from ddpo_jax import main
@@ -228,9 +228,7 @@ def test_hosts_that_share_no_disk(folder, finished, home, tmp_path):
     keys = tiny.settings(folder) | {"reward.name": "tiny_reward:reward", "checkpoint.folder": home}
     with Starter(tmp_path) as starter:
         for epochs in (1, 2):
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                port = str(free.getsockname()[1])
+            port = str(free_pair())
             runs = [
                 starter.start(
                     [
