@@ -232,9 +232,6 @@ def improvement(base: Group, member: Group) -> dict[str, Any]:
     """
     ours, theirs = [curves.gains(member.curves)], [curves.gains(base.curves)]
 
-    def ratio(a: statistics.Panels, b: statistics.Panels) -> float:
-        return statistics.interquartile_mean(a) / statistics.interquartile_mean(b)
-
     estimates: dict[str, statistics.Estimate | None] = {
         "gain": statistics.bootstrap(statistics.interquartile_mean, ours)
     }
@@ -242,7 +239,9 @@ def improvement(base: Group, member: Group) -> dict[str, Any]:
         estimates |= {"normalised_gain": statistics.Estimate(1.0, None), "probability": statistics.Estimate(0.5, None)}
     else:
         estimates |= {
-            "normalised_gain": statistics.bootstrap(ratio, ours, theirs) if curves.rises(theirs[0]) else None,
+            "normalised_gain": (
+                statistics.bootstrap(statistics.normalised_gain, ours, theirs) if curves.rises(theirs[0]) else None
+            ),
             "probability": statistics.bootstrap(statistics.probability_of_improvement, ours, theirs),
         }
     found: dict[str, Any] = {name: statistics.as_dict(estimate) for name, estimate in estimates.items()}

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
+from ddpo_jax.studies.statistics import interquartile_mean
 from ddpo_jax.workdir import show
 
 BOOTSTRAP = 2000  # resamples
@@ -82,7 +83,7 @@ def gains(curves: Sequence[Curve]) -> Float[np.ndarray, " S"]:
 
 def rises(gains: Float[np.ndarray, " S"]) -> bool:
     """Whether a baseline gains anything, so that other gains can be told in units of its own."""
-    return bool(gains.mean() > 0)
+    return interquartile_mean([gains]) > 0
 
 
 def interval(values: Float[np.ndarray, " S"]) -> tuple[float, float | None]:

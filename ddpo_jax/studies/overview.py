@@ -1,9 +1,8 @@
 """What a sweep says over all its panels at once: gains in units of the baseline's, and the curves side by side.
 
-Rewards have scales of their own, so a gain over the untrained model is divided by the baseline's mean gain on that
-panel (panels on which the baseline gains nothing are left out, and named). Over seeds and panels then stand the
-interquartile mean and the probability of improvement, with stratified bootstrap intervals (Agarwal et al. 2021,
-arXiv:2108.13264).
+Rewards have scales of their own, so a gain over the untrained model is divided by the baseline's gain on that panel
+(panels on which the baseline gains nothing are left out, and named). Over seeds and panels then stand the interquartile
+mean and the probability of improvement, with stratified bootstrap intervals (Agarwal et al. 2021, arXiv:2108.13264).
 """
 
 from __future__ import annotations
@@ -57,7 +56,7 @@ def overview(panels: Sequence[Panel], difference: float | None = None) -> dict[s
             kept = [
                 [gains for gains, rises in zip(all_gains, rising, strict=True) if rises] for all_gains in (ours, theirs)
             ]
-            gain = statistics.bootstrap(_normalised, *kept) if any(rising) else None
+            gain = statistics.bootstrap(statistics.normalised_gain, *kept) if any(rising) else None
             wins = statistics.bootstrap(statistics.probability_of_improvement, ours, theirs)
         methods[name] = {
             "normalised_gain": statistics.as_dict(gain),
@@ -69,16 +68,13 @@ def overview(panels: Sequence[Panel], difference: float | None = None) -> dict[s
     if difference is not None:
         found["difference"] = difference
         found["seeds_needed"] = {
-            panel.title: statistics.seeds_needed(float(gains.std(ddof=1)), difference * float(gains.mean()))
+            panel.title: statistics.seeds_needed(
+                float(gains.std(ddof=1)), difference * statistics.interquartile_mean([gains])
+            )
             for panel, gains, rises in zip(panels, theirs, rising, strict=True)
             if len(gains) > 1 and rises
         }
     return found
-
-
-def _normalised(ours: statistics.Panels, theirs: statistics.Panels) -> float:
-    """Interquartile mean of gains in units of the baseline's mean gain on the same panel."""
-    return statistics.interquartile_mean([a / b.mean() for a, b in zip(ours, theirs, strict=True)])
 
 
 def _speed_up(panel: Panel, name: str) -> dict[str, Any]:

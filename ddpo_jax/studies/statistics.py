@@ -47,6 +47,11 @@ def interquartile_mean(panels: Panels) -> float:
     return float(scores[cut : len(scores) - cut].mean())
 
 
+def normalised_gain(ours: Panels, theirs: Panels) -> float:
+    """Interquartile mean of our gains, each in units of the baseline's interquartile mean on the same panel."""
+    return interquartile_mean([a / interquartile_mean([b]) for a, b in zip(ours, theirs, strict=True)])
+
+
 def probability_of_improvement(ours: Panels, theirs: Panels) -> float:
     """How likely a run of ours beats a run of theirs on a panel, averaged over panels; ties count one half.
 

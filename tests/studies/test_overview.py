@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ddpo_jax.studies import overview
+from ddpo_jax.studies import compare, overview
 from ddpo_jax.studies.curves import Curve
 from ddpo_jax.studies.overview import Panel
 
@@ -46,6 +46,15 @@ def test_gains_are_in_units_of_the_baselines(panels):
     assert found["seeds_needed"] == {"ten": math.ceil(5.02)}
     text = overview.table(json.loads(json.dumps(found)))
     assert "ten: a difference of 0.5 of the baseline's gain needs 6 seeds" in text
+
+
+def test_a_gain_is_in_the_same_units_as_in_a_comparison():
+    """Of four seeds the least and the most are cut, on both sides: 6 / 2, where the means are 8 and 26."""
+    base, ours = ([curve(0, value) for value in values] for values in ((1, 2, 2, 99), (-1, 5, 7, 21)))
+    told = overview.overview([Panel("one", "base", {"base": base, "ours": ours})])["methods"]["ours"]
+    groups = [compare.Group(name, {}, [], runs) for name, runs in (("base", base), ("ours", ours))]
+    alone = compare.improvement(*groups)
+    assert told["normalised_gain"] == alone["normalised_gain"] and alone["normalised_gain"]["value"] == 3.0
 
 
 def test_a_panel_on_which_the_baseline_gains_nothing_is_left_out_and_named(panels):
