@@ -2,7 +2,7 @@
 collapses.
 
 Source: Gao et al. 2025, Fig. 3 to 5, section 5. Show: curves, and the miniature CLIP's score and verifier for prompt
-adherence.
+adherence. Not the paper's: ddpo_iskl_bounded, whose penalty has a clip and a baseline.
 """
 
 from ddpo_jax.config.presets import learning_rate
@@ -19,12 +19,12 @@ def runs():
             {"panel": reward, "name": algorithm, "config": f"{base},algorithm={algorithm}"}
             for algorithm in ("ddpo_sf", "ddpo", "ddpo_iskl")
         ]
-        found.append(
-            {
-                "panel": reward,
-                "name": "ddpo_iskl_10x",
-                "config": f"{base},algorithm=ddpo_iskl",
-                "train.learning_rate": 10 * learning_rate(16, reward),
-            }
-        )
+        others = {
+            "ddpo_iskl_10x": {"train.learning_rate": 10 * learning_rate(16, reward)},
+            "ddpo_iskl_bounded": {"algorithm.penalty_clip": True, "algorithm.penalty_baseline": True},
+        }
+        found += [
+            {"panel": reward, "name": name, "config": f"{base},algorithm=ddpo_iskl"} | keys
+            for name, keys in others.items()
+        ]
     return found

@@ -5,11 +5,16 @@ Paper: Gao et al. 2025, section 3.5, Algorithm 5, line 31. To the surrogate of e
 gradient is lambda * (l_theta - l_ref) * grad l_theta: it acts as an advantage that pulls drifted trajectories back.
 Algorithm 5 writes one importance weight per trajectory, their Eq. 2 writes one per step: ``ratio_level`` chooses. All
 else is DDPO's, the advantages included: their Algorithms 4 and 5 differ in the penalty alone.
+
+Not in the paper: that advantage knows neither the clip, which stops DDPO's own gradient, nor a baseline, so what all
+trajectories have drifted adds noise to the gradient, which drifts them further. ``penalty_clip`` and
+``penalty_baseline`` give it both.
 """
 
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -31,6 +36,8 @@ def default_config() -> ConfigDict:
             "ratio_level": "step",  # "step": a ratio per denoising step; "trajectory": one for their product
             # l in the penalty: "mean" over latent dimensions as public code logs it, or their "sum", the true density
             "log_prob_reduction": "mean",
+            "penalty_clip": False,  # no gradient of the penalty at steps whose ratio is outside train.clip_range
+            "penalty_baseline": False,  # the penalty's advantage is lambda * (drift - its mean over the update)
         }
     )
 
@@ -62,7 +69,17 @@ def loss(terms: StepTerms, batch: Batch, config: ConfigDict) -> jax.Array:
 
 def penalty(terms: StepTerms, batch: Batch, config: ConfigDict) -> jax.Array:
     """What the drift from the pretrained model costs a trajectory [N], divided by the number of trained steps."""
-    log_prob, ref_log_prob = (masked.fill(x, batch.mask) for x in (terms.log_prob, terms.ref_log_prob))
+    log_prob, old_log_prob, ref_log_prob = (
+        masked.fill(x, batch.mask) for x in (terms.log_prob, batch.old_log_prob, terms.ref_log_prob)
+    )
+    if config.penalty_clip:
+        inside = jnp.abs(surrogate.ratio(log_prob, old_log_prob) - 1) <= batch.clip_range
+        log_prob = jnp.where(inside, log_prob, jax.lax.stop_gradient(log_prob))
     dims = batch.num_dims if config.log_prob_reduction == "sum" else 1
     drift = dims * (log_prob - ref_log_prob).sum(axis=1)
-    return masked.spread(0.5 * config.kl_coef * drift**2, batch.mask.sum())
+    cost = 0.5 * drift**2
+    if config.penalty_baseline:
+        used = masked.trained(batch.mask)
+        shared = masked.total(drift, used) / jnp.maximum(used.sum(), 1)
+        cost = cost - jax.lax.stop_gradient(shared) * drift  # its gradient is (drift - shared) * grad l_theta
+    return masked.spread(config.kl_coef * cost, batch.mask.sum())

@@ -1,5 +1,6 @@
 """Losses and advantages of every algorithm on a few numbers worked out by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +74,31 @@ def test_ddpo_iskl_penalty():
     # trajectory level: -1.1 + 1.8 as above
     out = loss("ddpo_iskl", terms, make_batch(), kl_coef=2.0, ratio_level="trajectory")
     np.testing.assert_allclose(out.mean(), (0.7 + 0.25) / 4, rtol=1e-5)
+
+
+def test_ddpo_iskl_penalty_with_clip_and_baseline():
+    """Gradients of the penalty alone; the clip range is 0.1, so the ratios 1.5 and 0.5 are outside."""
+    ref = jnp.asarray(LOG_PROB - np.array([[0.1, 0.2], [0.0, -0.4]]), jnp.float32)
+
+    def gradient(ref=ref, **options):
+        module = find("algorithms", "ddpo_iskl")
+        config = module.default_config()
+        config.update({"kl_coef": 8.0} | options)  # 4 pairs, so 2 for the sum
+
+        def cost(log_prob):
+            return module.penalty(StepTerms(log_prob=log_prob, ref_log_prob=ref), make_batch(), config).mean()
+
+        return jax.grad(cost)(jnp.asarray(LOG_PROB, jnp.float32))
+
+    outside = np.abs(np.exp(LOG_PROB) - 1) > 0.1
+    np.testing.assert_allclose(gradient(), [[0.6, 0.6], [-0.8, -0.8]], rtol=1e-5)  # drifts 0.3, -0.4
+    clipped = np.where(outside, 0, [[0.6, 0.6], [-0.8, -0.8]])
+    assert 0 < outside.sum() < 4
+    np.testing.assert_allclose(gradient(penalty_clip=True), clipped, rtol=1e-5)
+    # their mean is -0.05, so 0.35 and -0.35; what both drift alike is of no consequence
+    for shift in (0.0, 7.0):
+        got = gradient(ref - shift, penalty_baseline=True)
+        np.testing.assert_allclose(got, [[0.7, 0.7], [-0.7, -0.7]], rtol=1e-4)
 
 
 def test_dpok():
