@@ -17,6 +17,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -93,8 +94,12 @@ class Checkpointer:
             enable_async_checkpointing=True,
             **(read_only if self._read_only else {"create": True, "cleanup_tmp_directories": True}),
         )
+        opened = partial(ocp.CheckpointManager, self.folder, options=options, handler_registry=registry)
         try:
-            manager = ocp.CheckpointManager(self.folder, options=options, handler_registry=registry)
+            try:
+                manager = opened()
+            except FileNotFoundError:  # orbax deletes what a torn save left in a bucket while it looks at it
+                manager = opened()
         except Exception as error:  # orbax raises many kinds
             other = "checkpoint.folder" if address.is_address(self.folder) else "--workdir"
             fix = f"put that right, or use another {other}"

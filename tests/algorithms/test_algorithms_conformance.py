@@ -186,6 +186,13 @@ def _outcome(module, config, data, toy) -> list:
     terms = toy.only(used.terms, data.terms)
     functions = [getattr(module, part) for part in ("loss", "penalty", "value_loss") if hasattr(module, part)]
     out = [np.asarray(f(terms, data.batch, config)) for f in functions]
+    if terms.log_prob is not None:
+        for f in functions:
+
+            def total(log_prob, f=f):
+                return f(terms.replace(log_prob=log_prob), data.batch, config).sum()
+
+            out.append(np.asarray(jax.grad(total)(terms.log_prob)))
     rng, stats = np.random.default_rng(4), PromptStats()
     for _ in range(12):  # a prompt sees 60 rewards in 12 updates
         rewards = 3 + rng.normal(size=10)

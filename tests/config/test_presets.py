@@ -215,7 +215,9 @@ def test_the_iskl_sweep_compares_the_penalty_alone():
         for name in ("ddpo", "ddpo_iskl")
     ]
     differ = {key for key in found[0].keys() | found[1].keys() if found[0].get(key) != found[1].get(key)}
-    assert differ == {"algorithm.name", "algorithm.kl_coef", "algorithm.log_prob_reduction"}
+    options = ("name", "kl_coef", "log_prob_reduction", "penalty_clip", "penalty_baseline")
+    assert differ == {f"algorithm.{key}" for key in options}
+    assert not (found[1]["algorithm.penalty_clip"] or found[1]["algorithm.penalty_baseline"])
     assert found[0]["train.timestep_fraction"] == 1.0 and found[0]["algorithm.min_count"] == 4
 
 

@@ -12,6 +12,7 @@ import pytest
 import tiny
 from ports import free_pair
 from processes import Starter
+from waiting import until
 
 from ddpo_jax.types import ScoredSamples
 from ddpo_jax.workdir import metrics
@@ -74,12 +75,10 @@ def start(starter, argv, processes, absent=(), environment=None):
     ]
 
 
-def ended(runs, seconds=300):
-    """Their exit codes; None of one that still runs."""
-    end = time.monotonic() + seconds
-    while None in (codes := [run.poll() for run in runs]) and time.monotonic() < end:
-        time.sleep(0.02)
-    return codes
+def ended(runs):
+    """Their exit codes; None of one that still runs after minutes."""
+    until(lambda: None not in [run.poll() for run in runs], 300)
+    return [run.poll() for run in runs]
 
 
 def run(starter, argv, processes):
