@@ -7,12 +7,15 @@ as a new process.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import pathlib
+import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -20,6 +23,14 @@ import time
 from collections.abc import Sequence
 
 HELPERS = pathlib.Path(__file__).resolve().parent
+
+
+def free_pair() -> int:
+    """A free port whose next one is free too, below those that systems give to whatever connects meanwhile."""
+    while True:
+        port = random.SystemRandom().randrange(10000, 32000, 2)
+        with contextlib.suppress(OSError), socket.create_server(("", port)), socket.create_server(("", port + 1)):
+            return port
 
 
 class Run:

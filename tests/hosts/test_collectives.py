@@ -5,7 +5,7 @@ import pathlib
 import subprocess
 import sys
 
-from ports import free_pair
+from processes import free_pair
 
 TESTS = pathlib.Path(__file__).resolve().parents[1]
 SIZES = [2**18, 2**21 - 2, 2**21, 2**21 + 2, 2**22]  # f32 elements; parts of 4 MiB in the middle

@@ -5,7 +5,7 @@ import threading
 import time
 
 import pytest
-from ports import free_pair
+from processes import free_pair
 
 from ddpo_jax.errors import RunFailure
 from ddpo_jax.hosts.roll_call import SAID_S, RollCall

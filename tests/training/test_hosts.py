@@ -10,8 +10,7 @@ import time
 import numpy as np
 import pytest
 import tiny
-from ports import free_pair
-from processes import Starter
+from processes import Starter, free_pair
 from waiting import until
 
 from ddpo_jax.types import ScoredSamples

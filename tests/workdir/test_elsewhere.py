@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_reward
-from ports import free_pair
-from processes import Starter
+from processes import Starter, free_pair
 
 from ddpo_jax import main
 from ddpo_jax.errors import InputError, Interrupted, RunFailure
