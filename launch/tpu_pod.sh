@@ -60,9 +60,11 @@ create() {
 }
 
 install() {
-  local archive=/tmp/ddpo_jax.tar.gz
+  local archive
+  archive=$(mktemp)
   run git -C "$here/.." archive --format=tar.gz --output="$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$name:ddpo_jax.tar.gz" "${place[@]}" --worker=all
+  rm -f "$archive"
   on all "mkdir -p ddpo_jax && tar -xzf ddpo_jax.tar.gz -C ddpo_jax"
   if [ -n "${NFS:-}" ]; then on all "bash ddpo_jax/launch/tpu_host.sh mount $(words "$NFS")"; fi
   on all "bash ddpo_jax/launch/tpu_host.sh install"

@@ -14,17 +14,14 @@ EVALUATE = {"prompts": "training", "samples-per-prompt": "10", "rewards": "{rewa
 def runs():
     found = []
     for reward in ("jpeg_compressibility", "jpeg_incompressibility", "aesthetic"):
-        base = f"../papers/ddpo_iskl.py:model=mini,reward={reward}"
-        found += [
-            {"panel": reward, "name": algorithm, "config": f"{base},algorithm={algorithm}"}
-            for algorithm in ("ddpo_sf", "ddpo", "ddpo_iskl")
-        ]
-        others = {
-            "ddpo_iskl_10x": {"train.learning_rate": 10 * learning_rate(16, reward)},
-            "ddpo_iskl_bounded": {"algorithm.penalty_clip": True, "algorithm.penalty_baseline": True},
+        methods = {
+            "ddpo_sf": ("ddpo_sf", {}),
+            "ddpo": ("ddpo", {}),
+            "ddpo_iskl": ("ddpo_iskl", {}),
+            "ddpo_iskl_10x": ("ddpo_iskl", {"train.learning_rate": 10 * learning_rate(16, reward)}),
+            "ddpo_iskl_bounded": ("ddpo_iskl", {"algorithm.penalty_clip": True, "algorithm.penalty_baseline": True}),
         }
-        found += [
-            {"panel": reward, "name": name, "config": f"{base},algorithm=ddpo_iskl"} | keys
-            for name, keys in others.items()
-        ]
+        for name, (algorithm, keys) in methods.items():
+            config = f"../papers/ddpo_iskl.py:model=mini,reward={reward},algorithm={algorithm}"
+            found.append({"panel": reward, "name": name, "config": config} | keys)
     return found
