@@ -2,7 +2,7 @@
 
 Source: DDPO as in Black et al. 2023, all steps trained. Show: gains on equal prompts and noise against reward queries
 and against calls of the denoiser, on four rewards, with LOOP's advantages as well; on two with one part made as DDPO
-has it.
+has it, and with the weighting that gains most in weighting_schemes.
 """
 
 BASELINE = "ddpo"
@@ -14,6 +14,7 @@ REWARDS = {
     "mini_verifier": ",prompts.category=color,prompts.count=8",
 }
 PARTS = {
+    "early_weighting": {"config": ",weighting=gaussian_early"},
     "uniform_weighting": {"config": ",weighting=uniform"},
     "three_of_ten_steps": {"train.timestep_fraction": 0.3},
     "epochs_of_20": {"sample.batch_size": 20, "num_epochs": 20, "log.evaluate_every": 2, "checkpoint.every": 2},
