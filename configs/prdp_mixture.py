@@ -24,5 +24,5 @@ def get_config(arg: str = "") -> ConfigDict:
     config.reward.options = "pickscore.scale=0.01,hps.version=v2"
     config.prompts.samples_per_prompt = 8
     config.train.num_inner_epochs = 4  # a regression may pass over an epoch's images several times
-    config.train.learning_rate = 3e-4  # a quarter of DDPO's on the miniature, see ddpo_jax/config/presets.py
+    config.train.learning_rate = 3e-4  # low, so that a pair's first step does not overshoot its target
     return with_choices(config, arg)

@@ -21,7 +21,7 @@ from ddpo_jax.config.presets import choose_members, on_miniature, split
 def get_config(arg: str = "") -> ConfigDict:
     model, members, options = split(arg)
     config = default_config()
-    config.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # section 2: Stable Diffusion 1
+    config.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"  # the paper names no version
     config.num_epochs = 200  # not in the paper
     config.sample.num_steps = 50  # Table 1: T
     config.sample.eta = 1.0
@@ -35,7 +35,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config.train.weight_decay = 1e-4
     config.train.adam_b1, config.train.adam_b2, config.train.adam_eps = 0.9, 0.999, 1e-8
     config.train.max_grad_norm = 1.0
-    config.train.lora_rank = 4
+    config.train.lora_rank = 4  # not in the paper
     config.train.clip_range = 1e-4
     config.prompts.samples_per_prompt = 1
     choose(config, "algorithm", "ddpo_iskl")

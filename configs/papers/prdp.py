@@ -3,7 +3,8 @@ section 4.4 for the aesthetic reward.
 
 PRDP:       python -m ddpo_jax.main --config=configs/papers/prdp.py
 DDPO:       ...prdp.py:algorithm=ddpo
-offline:    ...prdp.py:algorithm.refresh_every=0,algorithm.proximal=False (section 4.3: samples of the pretrained model)
+offline:    ...prdp.py:reward=hps,reward.version=v2,algorithm.refresh_every=0,algorithm.proximal=False
+            (section 4.3, also with reward=pickscore: 51200 samples of the pretrained model)
 miniature:  ...:model=mini (64 images, 4 prompts x 16)
 
 With the aesthetic reward (here; section 4.4, the only one whose beta the paper gives): 250 epochs, prompts are the bare

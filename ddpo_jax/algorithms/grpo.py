@@ -2,6 +2,7 @@
 
 Papers: Shao et al. 2024, arXiv:2402.03300; for diffusion "Selective Timestep Weighting" (anonymous), section 3, where
 DDPO's surrogate has A = (r - mean) / std.
+Shao et al. also add a KL penalty to a reference model; here there is none, as in DDPO.
 There is no value network and no memory of earlier epochs: the group is the baseline. A group of equal rewards teaches
 nothing (A = 0).
 """

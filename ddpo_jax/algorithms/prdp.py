@@ -10,9 +10,9 @@ and no policy chooses it; that leaves a remainder of loss.
 
 The paper does not say whether log(policy / pretrained) of a step is the sum over the latent dimensions, as its Eq. 4
 has it, or their mean, as DDPO's public code computes it. The mean is inferred: with the sum and its beta of 10 (section
-4.4) the optimum of Eq. 7 gains Var(r) / 10 only, which is 0.013 of the miniature's aesthetic score against the large
-gains of their Fig. 8, and one ordinary update overshoots the target by three orders of magnitude. beta and the clip are
-then meant for means over dimensions; with ``log_prob_reduction="sum"`` the clip is ``train.clip_range`` times their
+4.4) the optimum of Eq. 7 gains Var(r) / 10 only, which is 0.013 of the miniature's aesthetic score against the changed
+pictures of their Fig. 8, and one ordinary update overshoots the target by three orders of magnitude. beta and the clip
+are then meant for means over dimensions; with ``log_prob_reduction="sum"`` the clip is ``train.clip_range`` times their
 number.
 
 The paper gives beta for the aesthetic score alone, and any other reward has another scale. So beta is stated in

@@ -2,7 +2,8 @@
 
 Paper: Gupta et al. 2025, arXiv:2503.00897, Eq. 8. Its section 7.1 gives the baseline: the average reward of the prompt,
 kept in a buffer as Black et al. 2023, arXiv:2305.13301, keep it.
-A baseline that does not depend on the sample leaves the expected gradient alone and lowers its variance.
+A baseline that does not depend on the sample leaves the expected gradient alone and lowers its variance. The buffer
+holds the sample itself as one of many, which shrinks the gradient a little and does not turn it.
 """
 
 from __future__ import annotations

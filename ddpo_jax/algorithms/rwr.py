@@ -3,10 +3,12 @@
 Papers: Black et al. 2023, arXiv:2305.13301, section 4.1 (w_RWR); Gao et al. 2025, section 3.1, Algorithm 1. They give
 no temperature; the public code has 0.2 in units of the reward, which for JPEG sizes of Stable Diffusion (tens of kB
 apart) picks a few samples and for rewards on a scale of 1 weighs all samples alike. Hence a unit that follows the
-reward. The policy is seen as a one-step choice of the final latents, whose likelihood is replaced by the denoising
-loss: they are noised again at random timesteps and the guided prediction is compared with that noise. A regression may
-reuse a rollout for many updates; one round on samples of the pretrained model is ``refresh_every=0``. A trained step
-stands for its share of the noise levels, so timestep weights weigh noise levels.
+reward. Gao et al. normalise the weights within a prompt (``softmax_over="prompt"``); the public code does so except
+for the JPEG rewards, whose weights it normalises over the batch, the default here.
+The policy is seen as a one-step choice of the final latents, whose likelihood is replaced by the denoising loss: they
+are noised again at random timesteps and the guided prediction is compared with that noise. A regression may reuse a
+rollout for many updates; one round on samples of the pretrained model is ``refresh_every=0``. A trained step stands for
+its share of the noise levels, so timestep weights weigh noise levels.
 """
 
 from __future__ import annotations

@@ -61,7 +61,8 @@ def resolve(config: ConfigDict, backend: str, num_devices: int = 1) -> tuple[Con
     if config.train.remat == "auto":
         config.train.remat = "off" if mini else "on"
     if config.train.recompute_log_prob == "auto":  # bfloat16 rounds differently at the sampler's batch size
-        config.train.recompute_log_prob = "on" if config.dtype == "bfloat16" else "off"
+        needed = config.dtype == "bfloat16" and "log_prob" in traits.terms
+        config.train.recompute_log_prob = "on" if needed else "off"
     if config.train.clip_range is None:
         with contextlib.suppress(InputError):  # of the model, which ``validate`` reports with all other faults
             config.train.clip_range = default_clip_range(math.prod(latent_shape(config.model, config.revision)))

@@ -205,6 +205,11 @@ def _algorithm(config: ConfigDict, used: Traits) -> Iterator[str]:
             f"train.timestep_fraction: received {train.timestep_fraction!r}; the loss of algorithm {name!r} couples "
             "all steps of a trajectory; use train.timestep_fraction=1.0"
         )
+    if train.recompute_log_prob == "on" and "log_prob" not in used.terms:
+        yield (
+            f"train.recompute_log_prob: received 'on'; algorithm {name!r} reads no log-probs; "
+            "use train.recompute_log_prob=auto"
+        )
 
 
 def doubts(config: ConfigDict, used: Traits) -> Iterator[str]:

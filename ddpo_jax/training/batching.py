@@ -31,7 +31,7 @@ def minibatches(
     *,
     timestep_fraction: float = 1.0,
     step_sampling: str = "uniform",
-    weigh_penalty: bool = False,
+    unweighted_penalty: bool = False,
 ) -> Iterator[Minibatch]:
     """One pass over the samples in random order, ``batch_size`` at a time; the last one is filled with masked samples.
 
@@ -45,7 +45,8 @@ def minibatches(
         trained once, with its weight.
       step_sampling: how a part is drawn: "uniform", or "importance": with probabilities that follow the timestep
         weights, whose place in the loss a correction then takes.
-      weigh_penalty: whether the weights multiply an algorithm's penalty as well.
+      unweighted_penalty: the algorithm has a penalty that the weights leave alone. Then the draw by importance follows
+        the mean of the weights and 1: a step without weight is in the penalty's mean too, and no correction is above 2.
     """
     count = max(1, round(timestep_fraction * int(trained.sum())))
     rows = order(rng, samples.group_ids, traits.group)
@@ -61,11 +62,14 @@ def minibatches(
         if not traits.separable:
             columns = np.tile(np.flatnonzero(trained).astype(np.int32), (batch_size, 1))
         elif step_sampling == "importance":
-            columns, correction = steps.importance_subset(rng, chosen.weights, chosen.mask > 0, trained, count)
+            shares = (chosen.weights + 1) / 2 if unweighted_penalty else chosen.weights
+            columns, correction = steps.importance_subset(rng, shares, chosen.mask > 0, trained, count)
         else:
             columns = steps.uniform_subset(rng, batch_size, trained, count)
         chosen = dataclasses.replace(chosen, mask=chosen.mask * mask[:, None])
-        yield minibatch(rng, chosen, columns, correction, weigh_penalty=weigh_penalty, by_group=not traits.separable)
+        yield minibatch(
+            rng, chosen, columns, correction, unweighted_penalty=unweighted_penalty, by_group=not traits.separable
+        )
 
 
 def minibatch(
@@ -74,7 +78,7 @@ def minibatch(
     columns: Int[np.ndarray, "N S"],
     correction: Float[np.ndarray, "N S"] | None = None,
     *,
-    weigh_penalty: bool = False,
+    unweighted_penalty: bool = False,
     by_group: bool = False,
 ) -> Minibatch:
     """The samples as one minibatch that trains the steps ``columns`` of each.
@@ -84,7 +88,7 @@ def minibatch(
       samples: N of them.
       columns: steps.
       correction: of steps that were not all equally likely; multiplies their weights.
-      weigh_penalty: whether the weights multiply an algorithm's penalty as well.
+      unweighted_penalty: the algorithm has a penalty that the weights leave alone.
       by_group: two draws of the same prompt count as two prompts (they do not share their noise).
     """
     n = len(samples)
@@ -100,7 +104,7 @@ def minibatch(
         prompt_ids=dense.astype(np.int32),
         steps=columns,
         step_weight=weights * correction,
-        penalty_weight=weights * correction if weigh_penalty else correction,
+        penalty_weight=correction if unweighted_penalty else weights * correction,
         mask=np.take_along_axis(samples.mask, columns, axis=1),
         seeds=rng.integers(2**31, size=n, dtype=np.int32),
     )

@@ -114,6 +114,7 @@ def optimise(
     rng, options = random.generator(config.seed, epoch, Stream.SHUFFLE), config.train
     log: list[dict[str, jax.Array]] = []
     pairs = 0
+    unweighted_penalty = hasattr(parts.algorithm, "penalty") and not config.weighting.kl
 
     def train_on(state: TrainState, samples: ScoredSamples, batch_size: int) -> TrainState:
         nonlocal pairs
@@ -125,7 +126,7 @@ def optimise(
             parts.traits,
             timestep_fraction=options.timestep_fraction,
             step_sampling=options.step_sampling,
-            weigh_penalty=config.weighting.kl,
+            unweighted_penalty=unweighted_penalty,
         ):
             pairs += int(np.count_nonzero(batch.mask))
             batch = sharding.put_batch(hosts.home(hosts.settled(batch)), parts.mesh)
@@ -204,17 +205,18 @@ def value_advantages(
 def recompute(
     parts: Parts, state: TrainState, samples: ScoredSamples, rng: np.random.Generator, batch_size: int
 ) -> np.ndarray:
-    """The samples' log-probs by the learner's own network calls.
+    """The log-probs of the samples under the policy that drew them, by the learner's own network calls.
 
     In bfloat16 the sampler's larger batch rounds differently than the update's microbatch, which moves the ratio of the
     first update off 1 by more than the clip range.
     """
     columns = np.flatnonzero(parts.trained_steps).astype(np.int32)
     log_prob = samples.log_prob.copy()
+    sampler = state.params if parts.traits.refresh_every == 1 else state.behaviour
     for rows in hosts.batches(len(samples), batch_size):
         batch = batching.minibatch(rng, samples[rows], np.tile(columns, (len(rows), 1)))
         batch = sharding.put_batch(hosts.home(batch), parts.mesh)
-        terms = parts.learner.log_prob(state.params, parts.model.reference, parts.model.frozen, parts.uncond, batch)
+        terms = parts.learner.log_prob(sampler, parts.model.reference, parts.model.frozen, parts.uncond, batch)
         log_prob[np.ix_(rows, columns)] = sharding.fetch(terms.log_prob)
     return log_prob
 

@@ -65,7 +65,9 @@ NUMBERS = {
         **{"algorithm.kl_coef": 25.0, "algorithm.reward_unit": "deviation"},  # no beta in the paper
     },
     "prdp.py:algorithm=ddpo": {"num_epochs": 250, "images": 512, "train.batch_size": 128, "train.num_inner_epochs": 1},
-    "prdp.py:algorithm.refresh_every=0,algorithm.proximal=False": {"algorithm.refresh_every": 0},
+    "prdp.py:reward=hps,reward.version=v2,algorithm.refresh_every=0,algorithm.proximal=False": {
+        **{"algorithm.refresh_every": 0, "reward.version": "v2", "num_epochs": 100, "images": 512},
+    },
     "prdp_large.py:prompts.path=hpd.txt": {
         **{"num_epochs": 1000, "images": 64 * 8, "prompts.samples_per_prompt": 8, "prompts.path": "hpd.txt"},
     },

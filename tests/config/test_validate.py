@@ -104,6 +104,12 @@ def test_every_rule_names_its_key_value_and_fix(key):
             "train.timestep_fraction",
             "use train.timestep_fraction=1.0",
         ),
+        (
+            ["algorithm.name=rwr", "train.recompute_log_prob=on"],
+            1,
+            "train.recompute_log_prob",
+            "use train.recompute_log_prob=auto",
+        ),
     ],
 )
 def test_rules_between_keys(overrides, devices, key, fixed):

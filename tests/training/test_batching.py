@@ -166,13 +166,27 @@ def test_a_penalty_has_the_weights_only_where_it_is_told_to():
     """Without them its mean over the drawn steps is the plain mean over all: the correction alone stands there."""
     weights = np.array([3.4, 0.3, 0.3, 0.0], np.float32)
     chosen = ScoredSamples(**{**vars(samples(4)), "weights": np.tile(weights, (4, 1))})
-    (all_steps,) = batches(chosen=chosen, timestep_fraction=1.0)
+    (all_steps,) = batches(chosen=chosen, timestep_fraction=1.0, unweighted_penalty=True)
     np.testing.assert_array_equal(all_steps.penalty_weight, 1)
-    (some,) = batches(chosen=chosen, timestep_fraction=0.5, step_sampling="importance")
-    np.testing.assert_allclose(some.penalty_weight, np.array([0.5, 1, 1])[some.steps], rtol=1e-6)  # 2 / (4 p)
     for options in ({"timestep_fraction": 1.0}, {"timestep_fraction": 0.5, "step_sampling": "importance"}):
-        (batch,) = batches(chosen=chosen, weigh_penalty=True, **options)
+        (batch,) = batches(chosen=chosen, **options)
         np.testing.assert_array_equal(batch.penalty_weight, batch.step_weight)
+
+
+def test_a_penalty_without_weights_reaches_every_step():
+    """Two draws by the shares (w + 1) / 2 = 2.2 0.65 0.65 0.5: 2 * 2.2 / 4 is above 1, so the first step is certain,
+    and 0.65 and 0.5 of 1.8 are the probabilities of the others. The correction is 2 / (4 probability), at most 2."""
+    n, weights = 8000, np.array([3.4, 0.3, 0.3, 0.0], np.float32)
+    chosen = ScoredSamples(**{**vars(samples(n)), "weights": np.tile(weights, (n, 1))})
+    options = {"timestep_fraction": 0.5, "step_sampling": "importance", "unweighted_penalty": True}
+    (batch,) = batches(n, n, chosen=chosen, **options)
+    assert (batch.steps[:, 0] == 0).all() and set(batch.steps[:, 1]) == {1, 2, 3}
+    correction = np.array([0.5, 0.9 / 0.65, 0.9 / 0.65, 1.8])
+    np.testing.assert_allclose(batch.penalty_weight, correction[batch.steps], rtol=1e-6)
+    np.testing.assert_allclose(batch.step_weight, (weights * correction)[batch.steps], rtol=1e-6)
+    g = np.array([3.0, -1.0, 0.5, 10.0])  # both means are those over all steps, within five standard errors
+    np.testing.assert_allclose((batch.penalty_weight * g[batch.steps]).mean(), g.mean(), atol=0.25)
+    np.testing.assert_allclose((batch.step_weight * g[batch.steps]).mean(), (weights * g).mean(), atol=0.02)
 
 
 def test_importance_sampling_does_not_apply_to_a_coupled_loss():

@@ -121,6 +121,7 @@ def test_replay_ranks_by_the_advantage_that_the_loss_trains_on():
 def test_a_penalty_is_weighted_where_the_config_says_so():
     for weighted in (False, True):
         run = Run(replay="none", kl=weighted)
+        run.parts.algorithm = types.SimpleNamespace(penalty=lambda terms, batch, config: 0.0)
         run.epoch(0)
         for batch in run.batches:
             np.testing.assert_array_equal(batch.step_weight, np.tile([2, 0.5, 0.5], (2, 1)))

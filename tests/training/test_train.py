@@ -1,5 +1,6 @@
 """Whole runs on the smallest model: what they leave behind, how they fail, stop and go on; resuming is exact."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -282,6 +283,24 @@ def test_on_the_first_update_every_ratio_is_one(folder, optimised, dtype):
     assert config.train.recompute_log_prob == ("on" if dtype == "bfloat16" else "off")
     assert row["train/ratio_first_update_deviation"] < 0.1 * config.train.clip_range
     assert row["train/clip_fraction"] == 0
+
+
+def test_recomputed_log_probs_are_those_of_the_policy_that_sampled(folder):
+    """PRDP's clip is around the sampler (Deng et al. 2024, Eq. 20), here the untrained model throughout."""
+    own = {"algorithm.name": "prdp", "algorithm.refresh_every": 0, "prompts.samples_per_prompt": 2}
+    ready = tiny.tiny_ready(folder, **own, **{"train.recompute_log_prob": "on", "train.learning_rate": 0.01})
+    parts, stats = build(ready), PromptStats()
+    state = parts.init()
+    for epoch in range(2):
+        state, sampler = epochs.refresh(state, parts.traits, epoch)
+        rollout = parts.collector.collect(epoch, sampler)
+        samples = epochs.assign(parts, ready.config, stats, rollout)
+        found = epochs.recompute(parts, state, samples, np.random.default_rng(0), ready.config.train.batch_size)
+        np.testing.assert_allclose(found, rollout.log_prob, atol=1e-4)
+        state, _ = epochs.update(parts, ready.config, state, stats, rollout, epoch)
+    trained = dataclasses.replace(state, behaviour=state.params)
+    found = epochs.recompute(parts, trained, samples, np.random.default_rng(0), ready.config.train.batch_size)
+    assert np.abs(found - rollout.log_prob).max() > 1e-2  # so the two policies can be told apart
 
 
 @pytest.mark.slow
