@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Trains on a TPU slice of one host or many, by queued resources of Google Cloud. docs/pods.md goes through it.
 #
-#   bash launch/tpu_pod.sh up --config=configs/aesthetic.py      # create, install, run, follow
-#   bash launch/tpu_pod.sh resume --config=configs/aesthetic.py  # the same after a preemption or a stop
+#   bash launch/tpu_pod.sh up --config=configs/compressibility.py      # create, install, run, follow
+#   bash launch/tpu_pod.sh resume --config=configs/compressibility.py  # the same after a preemption or a stop
 #   bash launch/tpu_pod.sh delete                                # gives the chips back
 #
 # Commands, each of which can be called alone:
@@ -72,7 +72,9 @@ install() {
 
 # Every host runs the same program; JAX finds the others by the metadata of the TPU.
 train() {
-  if [ $# -eq 0 ]; then refuse "run: received no arguments; give those of the training, as --config=configs/aesthetic.py"; fi
+  if [ $# -eq 0 ]; then
+    refuse "run: received no arguments; give those of the training, as --config=configs/compressibility.py"
+  fi
   local runs=/mnt/runs
   if [ -z "${NFS:-}" ]; then
     runs=runs

@@ -2,7 +2,8 @@
 # Trains on Kubernetes with JobSet (https://jobset.sigs.k8s.io, installed in the cluster). docs/pods.md goes through it.
 #
 #   IMAGE=REGISTRY/ddpo_jax:tpu bash launch/gke/launch.sh image tpu                                # builds and pushes it
-#   IMAGE=REGISTRY/ddpo_jax:tpu bash launch/gke/launch.sh up tpu --config=configs/aesthetic.py     # or gpu
+#   IMAGE=REGISTRY/ddpo_jax:tpu bash launch/gke/launch.sh up tpu --config=configs/compressibility.py \
+#     --config.sample.batch_size=16                                       # or gpu
 #   bash launch/gke/launch.sh follow                                      # the log of host 0
 #   bash launch/gke/launch.sh delete                                      # the disk of the runs stays
 #
