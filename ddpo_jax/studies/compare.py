@@ -18,6 +18,7 @@ is the last point of the smoothed curve. Shaded: one standard deviation over see
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import re
@@ -28,7 +29,7 @@ import numpy as np
 
 from ddpo_jax import find
 from ddpo_jax.config import default_config
-from ddpo_jax.config.defaults import FAMILIES
+from ddpo_jax.config.defaults import FAMILIES, choose
 from ddpo_jax.config.keys import flatten
 from ddpo_jax.errors import InputError
 from ddpo_jax.studies import curves, statistics
@@ -78,7 +79,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
             faults.append(f"{what} config.json; give folders in which runs were trained")
             continue
         try:
-            settings, rows = flatten(read_config(folder, complete=False)), metrics.read_metrics(folder)
+            settings, rows = completed(flatten(read_config(folder, complete=False))), metrics.read_metrics(folder)
         except InputError as error:
             faults.append(str(error))
             continue
@@ -89,6 +90,15 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     if faults:
         raise InputError("\n".join(faults))
     return runs
+
+
+def completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run, with the defaults of the options that the version that trained it did not have yet."""
+    config = default_config()
+    for family in FAMILIES:
+        with contextlib.suppress(InputError):  # a member of the user's that is not here
+            choose(config, family, settings[f"{family}.name"])
+    return {key: value for key, value in flatten(config).items() if value is not None} | settings
 
 
 def group(runs: Sequence[Run]) -> list[Group]:

@@ -126,6 +126,18 @@ def test_a_members_option_is_named_where_its_name_does_not_tell_it(tmp_path):
     assert labels == ["buffer_size=8, algorithm=ddpo", "buffer_size=32, algorithm=ddpo", "algorithm=loop"]
 
 
+def test_a_run_of_before_an_option_came_has_its_default(tmp_path):
+    """A key of every config, and options of a member's own."""
+    old, new = (write(tmp_path / name, [0.0], **{"algorithm.name": "ddpo_iskl"}) for name in ("old", "new"))
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["replay"]["max_gib"], config["algorithm"]["penalty_clip"], config["algorithm"]["penalty_baseline"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert [group.label for group in compare.group(compare.read_runs([old, new]))] == ["all runs"]
+    other = write(tmp_path / "other", [0.0], **{"algorithm.name": "ddpo_iskl", "algorithm.penalty_clip": True})
+    labels = [group.label for group in compare.group(compare.read_runs([old, other]))]
+    assert labels == ["penalty_clip=False", "penalty_clip=True"]
+
+
 def test_numbers_of_a_label_are_short(tmp_path):
     rates = [write(tmp_path / str(i), [0.0], **{"train.learning_rate": 0.1 * i}) for i in (1, 3)]  # 0.30000000000000004
     assert [group.label for group in compare.group(compare.read_runs(rates))] == [
