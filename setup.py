@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    entry_points={"console_scripts": ["ddpo_jax = ddpo_jax.__main__:main"]},
+    entry_points={"console_scripts": ["ddpo_jax = ddpo_jax.__main__:console"]},
     packages=find_packages(include=["ddpo_jax", "ddpo_jax.*"]),
     package_data={
         "ddpo_jax": ["py.typed", "mini/assets/**/*", "models/weights/*.toml", "prompts/*.txt", "feedback/*.html"]

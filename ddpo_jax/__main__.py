@@ -8,6 +8,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ddpo_jax import find
 from ddpo_jax import main as training
@@ -50,7 +51,12 @@ def help_text() -> str:
     return "\n".join([*lines, "", "ddpo_jax COMMAND --help says more; ddpo_jax train --help lists every config key."])
 
 
-if __name__ == "__main__":
+def console() -> NoReturn:
+    """What the installed command ``ddpo_jax`` calls: the same, and the process ends with the exit code."""
     from ddpo_jax.commands import _cli
 
     _cli.leave(main())
+
+
+if __name__ == "__main__":
+    console()

@@ -153,6 +153,20 @@ class Traits:
         return self.group and not self.separable
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether a term is of the pretrained model."""
+        return bool(self.terms & {"ref_log_prob", "kl", "noise_mse"})
+
+    @property
+    def pair_calls(self) -> int:
+        """What training a (sample, step) pair costs, in calls of the denoiser.
+
+        A forward and a backward pass are about three; the terms of a coupled loss take another forward pass, those of
+        the pretrained model one of its own.
+        """
+        return 3 + (not self.separable) + self.needs_reference
+
+    @property
     def per_prompt(self) -> bool:
         """Whether what all samples of a prompt have in common does not matter: rewards may be standardised in it."""
         return self.group or self.prompt_stats

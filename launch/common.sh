@@ -10,11 +10,14 @@ refuse() {
   exit 2
 }
 
+# The word in single quotes, for any shell (bash on macOS is 3.2, which has no ${word@Q}).
+single_quoted() { printf "'%s'" "$(printf '%s' "$1" | sed "s/'/'\\\\''/g")"; }
+
 # words WORD...: a command line that a shell reads back as these words.
 words() {
   local word line=""
   for word in "$@"; do
-    if [[ $word =~ ^[a-zA-Z0-9_./:=,@%+-]+$ ]]; then line+=" $word"; else line+=" ${word@Q}"; fi
+    if [[ $word =~ ^[a-zA-Z0-9_./:=,@%+-]+$ ]]; then line+=" $word"; else line+=" $(single_quoted "$word")"; fi
   done
   printf '%s\n' "${line# }"
 }
@@ -37,4 +40,4 @@ parse() {
 }
 
 # usage FILE: what stands at the top of a script.
-usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$1"; }
+usage() { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p;}' "$1"; }

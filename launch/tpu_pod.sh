@@ -38,9 +38,14 @@ on() { run gcloud compute tpus tpu-vm ssh "$name" "${place[@]}" --worker="$1" --
 status() { queued describe "$name" --format="value(state.state)"; }
 
 create() {
-  local spot=() now
-  if [ -n "${SPOT:-}" ]; then spot=(--spot); fi
-  queued create "$name" --node-id="$name" --accelerator-type="$accelerator" --runtime-version="$runtime" "${spot[@]}"
+  queued create "$name" --node-id="$name" --accelerator-type="$accelerator" --runtime-version="$runtime" \
+    ${SPOT:+--spot}
+  active
+}
+
+# Waits until the slice is there.
+active() {
+  local now
   if [ -n "$dry_run" ]; then
     status
     return
@@ -72,9 +77,6 @@ install() {
 
 # Every host runs the same program; JAX finds the others by the metadata of the TPU.
 train() {
-  if [ $# -eq 0 ]; then
-    refuse "run: received no arguments; give those of the training, as --config=configs/compressibility.py"
-  fi
   local runs=/mnt/runs
   if [ -z "${NFS:-}" ]; then
     runs=runs
@@ -91,12 +93,29 @@ stop() { on all "bash ddpo_jax/launch/tpu_host.sh stop"; }
 # --force takes the hosts down with the request for them.
 delete() { queued delete "$name" --force --quiet; }
 
+# A slice is given back only where Google Cloud says that it is lost: an answer that does not come says nothing.
 resume() {
-  if [ -n "$dry_run" ] || [ "$(status)" != ACTIVE ]; then
-    say "$name is not active (preempted, or deleted): it is made anew"
-    delete || say "there was nothing to delete"
-    create
+  local now=FAILED why # in a dry run
+  if [ -z "$dry_run" ] && ! now=$(status 2>/dev/null); then
+    why=$(status 2>&1 || true)
+    case $why in
+      *NOT_FOUND*) now="" ;;
+      *)
+        say "error: the state of $name is not known: $why"
+        return 1
+        ;;
+    esac
   fi
+  case $now in
+    ACTIVE) ;;
+    "") create ;;
+    FAILED | SUSPEND*)
+      say "$name is lost ($now): it is made anew"
+      delete
+      create
+      ;;
+    *) active ;;
+  esac
   install
   train "$@"
   follow
@@ -110,6 +129,13 @@ up() {
 }
 
 parse "$@"
+case $command in
+  run | resume | up)
+    if [ ${#arguments[@]} -eq 0 ]; then
+      refuse "$command: received no arguments; give those of the training, as --config=configs/compressibility.py"
+    fi
+    ;;
+esac
 if [ -z "$dry_run" ] && [ "$command" != help ] && ! command -v gcloud >/dev/null; then
   refuse "gcloud is not installed (https://cloud.google.com/sdk/docs/install); --dry-run does without"
 fi

@@ -4,6 +4,9 @@ DDPO_IS:    python -m ddpo_jax.main --config=configs/papers/ddpo.py
 DDPO_SF:    ...ddpo.py:algorithm=ddpo_sf
 rewards:    ...:reward=jpeg_compressibility (here), jpeg_incompressibility, aesthetic
 miniature:  ...:model=mini (64 images in place of 256, in as many updates)
+
+Prompts are the 45 animals of the aesthetic experiments. For the JPEG rewards the paper draws from the 398 animals of
+ImageNet, whose names are not in this package: ...:prompts=classes,prompts.path=FILE with them, a line each.
 """
 
 from ml_collections import ConfigDict

@@ -21,7 +21,10 @@ examples:
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -32,10 +35,18 @@ from ddpo_jax.studies import sweep
 
 
 def _seeds(text: str) -> list[int]:
-    numbers = text.split(",")
-    if not all(number.strip().isdecimal() for number in numbers) or len({*map(int, numbers)}) < len(numbers):
+    try:
+        numbers = [cli.seed(number.strip()) for number in text.split(",")]
+    except argparse.ArgumentTypeError:
+        numbers = []
+    if not numbers or len(set(numbers)) < len(numbers):
         raise InputError(f"--seeds: received '{text}'; it must be different whole numbers with commas; use 0,1,2")
-    return [int(number) for number in numbers]
+    return numbers
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal is closed; runs go on, and their logs are in their folders
+        print(line, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,13 +64,13 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"{wrong[0]}: received no value; write {wrong[0]}=VALUE, which every run gets")
     file = pathlib.Path(args.file)
     plan = sweep.load(file)
-    out = cli.folder_to_write(args.out or pathlib.Path("runs") / "sweeps" / file.stem, "--out")
+    out = pathlib.Path(args.out or pathlib.Path("runs") / "sweeps" / file.stem)
     seeds = _seeds(args.seeds) if args.seeds else list(range(plan.get("SEEDS", 3)))
-    todo = sweep.jobs(plan, file, out, seeds, args.only, extra)
+    todo = sweep.jobs(plan, file, out if args.dry_run else cli.folder_to_write(out, "--out"), seeds, args.only, extra)
     if args.dry_run:
-        print("\n".join(" ".join(command) for job in todo for command in job.commands.values()))
+        print("\n".join(shlex.join(command) for job in todo for command in job.commands.values()))
         return
-    failed = sweep.Runner(lambda line: print(line, file=sys.stderr, flush=True)).run(todo, args.parallel)
+    failed = sweep.Runner(_say).run(todo, args.parallel)
     print("\n\n".join(sweep.summarise(todo, failed, out, plan)))
     if failed:
         raise errors.RunFailure(f"{len(failed)} of {len(todo)} runs failed: {', '.join(map(str, failed))}")

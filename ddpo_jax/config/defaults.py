@@ -109,7 +109,7 @@ KEYS = (
     Key("mesh.rules", (".*=largest",),
         "dimension that fsdp splits, PATTERN=WHERE by the parameter's name, first that fits: a number, largest, none"),
     Key("checkpoint.every", ByModel(5, 1), "epochs between checkpoints; the last epoch is always saved"),
-    Key("checkpoint.keep", 2, "latest checkpoints kept; the best by reward is kept as well"),
+    Key("checkpoint.keep", 2, "latest checkpoints kept, and that after the epoch whose images scored best"),
     Key("checkpoint.folder", "",
         "folder that gets them instead of the workdir, or gs://BUCKET/FOLDER (extra gcs); a run goes on from it in a "
         "workdir that is empty"),

@@ -52,6 +52,8 @@ def resolve(config: ConfigDict, backend: str, num_devices: int = 1) -> tuple[Con
     traits = members.traits(config)
     if config.train.timestep_fraction is None and not traits.separable:
         config.train.timestep_fraction = 1.0
+    if config.log.evaluate_every is None and not getattr(members.reward, "FREE_TO_ASK", True):
+        config.log.evaluate_every = 0
     for key in KEYS:
         if isinstance(key.default, ByModel) and get(config, key.name) is None:
             put(config, key.name, _pick(key.default, mini))

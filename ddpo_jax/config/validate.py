@@ -47,7 +47,7 @@ _SWITCH = _one_of("auto", "on", "off")
 _FINITE_NOT_NEGATIVE = (lambda value: 0 <= value < math.inf, "it must be a finite number, 0 or more", "use 5.0")
 
 RULES: dict[str, Rule] = {
-    "seed": _at_least(0),
+    "seed": (lambda value: 0 <= value < 2**31, "it must be from 0 to 2147483647", "use 0"),
     "num_epochs": _at_least(1),
     "dtype": _one_of("auto", "float32", "bfloat16"),
     "attention": _one_of("auto", "xla", "cudnn", "chunked", "flash_tpu"),

@@ -18,7 +18,7 @@ from ddpo_jax.diffusion import ddim
 from ddpo_jax.mini import grammar, rating, verifier, world
 from ddpo_jax.mini.bpe import train_bpe
 from ddpo_jax.mini.sizes import Length, Sizes
-from ddpo_jax.mini.training import Stage, stream, trained
+from ddpo_jax.mini.training import Stage, stream, trained, write_atomically
 from ddpo_jax.models import preprocess
 from ddpo_jax.models.aesthetic_head import AestheticHead, AestheticHeadConfig, score
 from ddpo_jax.models.clip import CLIP, CLIPConfig, CLIPTextConfig, CLIPVisionConfig, normalize
@@ -319,7 +319,7 @@ def encode_bank(context: Context) -> dict[str, np.ndarray]:
     scaled = (values * factor).astype(np.float16)
     bank: dict[str, np.ndarray] = {"latents": scaled, "ids": np.concatenate(ids), "scaling_factor": factor}
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **bank)  # type: ignore[arg-type]  # numpy's stub takes a value for allow_pickle
+    write_atomically(path, bank)
     return bank
 
 

@@ -7,7 +7,6 @@ All randomness is a function of (seed, stage, step), so a run that was stopped c
 from __future__ import annotations
 
 import dataclasses
-import json
 import queue
 import sys
 import threading
@@ -76,7 +75,8 @@ def stream(seed: int, name: str, step: int) -> np.random.Generator:
     return np.random.default_rng([seed, zlib.crc32(name.encode()), step])
 
 
-def _write_atomically(path: Path, arrays: Arrays) -> None:
+def write_atomically(path: Path, arrays: Arrays) -> None:
+    """An ``.npz`` that is there as a whole or not at all."""
     with files.replacing(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's stub takes a value for allow_pickle
 
@@ -195,7 +195,7 @@ def train(
     record, path = folder / "stage.json", folder / "checkpoint.npz"
     if record.exists():
         _check_signature(stage, record, seed)
-    record.write_text(json.dumps(stage.signature(seed), indent=1))
+    files.write_json(record, stage.signature(seed))
 
     graphdef, params = nnx.split(nnx.jit(lambda: stage.init(nnx.Rngs(seed)))())
     tx = optimizer(stage)
@@ -244,7 +244,7 @@ def train(
             arrays = {"step": np.int64(step)}
             for key, tree in state.items():
                 arrays.update(_pack(tree, key))
-            _write_atomically(path, arrays)
+            write_atomically(path, arrays)
             saved = step
             log(progress.line())
             if on_checkpoint is not None:

@@ -28,11 +28,15 @@ def normalise(weights: Float[np.ndarray, "N T"], trained: Bool[np.ndarray, " T"]
 
 
 def uniform_subset(
-    rng: np.random.Generator, num_samples: int, trained: Bool[np.ndarray, " T"], count: int
+    rng: np.random.Generator, wanted: Bool[np.ndarray, "N T"], trained: Bool[np.ndarray, " T"], count: int
 ) -> Int[np.ndarray, "N S"]:
-    """``count`` different trained steps of every sample, in an order that is drawn for each sample independently."""
-    steps = np.tile(np.flatnonzero(trained), (num_samples, 1))
-    return rng.permuted(steps, axis=1)[:, :count].astype(np.int32)
+    """``count`` different trained steps of every sample, in an order that is drawn for each sample independently.
+
+    Steps that a sample does not want come after all that it does.
+    """
+    steps = rng.permuted(np.tile(np.flatnonzero(trained), (len(wanted), 1)), axis=1)
+    last = ~np.take_along_axis(wanted, steps, axis=1)
+    return np.take_along_axis(steps, np.argsort(last, axis=1, kind="stable"), axis=1)[:, :count].astype(np.int32)
 
 
 def inclusion(

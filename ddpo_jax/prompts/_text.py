@@ -105,7 +105,7 @@ def insert(template: str, place: str, noun: str) -> str:
     """``template`` with ``noun`` at ``place``, such as "{animal}", and the right article before it."""
     word = noun.lower()
     if _AN.match(word) and not _A.match(word):
-        template = template.replace(f"a {place}", f"an {place}").replace(f"A {place}", f"An {place}")
+        template = re.sub(rf"\b([aA]) {re.escape(place)}", rf"\1n {place}", template)
     return template.replace(place, noun)
 
 

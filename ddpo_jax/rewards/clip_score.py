@@ -1,7 +1,9 @@
 """CLIP score: cosine of the image's and its prompt's embedding (Radford et al. 2021, arXiv:2103.00020).
 
 With OpenAI's B/32 or L/14, the miniature's own CLIP, or any other CLIP folder. ``scale`` "1" gives the cosine, "100" a
-hundred times that, "clipscore" 2.5 max(cosine, 0) (CLIPScore, Hessel et al. 2021, arXiv:2104.08718, Eq. 1).
+hundred times that, "clipscore" 2.5 max(cosine, 0) (CLIPScore, Hessel et al. 2021, arXiv:2104.08718, Eq. 1). That their
+code begins every caption with "A photo depicts" is left to the prompts.
+
 Preprocessing as the CLIP processor: shortest side to the tower's size, bicubic as Pillow does it, centre crop. Prompts
 longer than the text tower are cut.
 

@@ -26,6 +26,8 @@ from ddpo_jax.feedback.queue import MODES, Queue, Stopped
 from ddpo_jax.rewards._shared import check as _check
 from ddpo_jax.serving.server import Server
 
+FREE_TO_ASK = False  # so it is not evaluated in training unless log.evaluate_every is set
+
 
 def default_config() -> ConfigDict:
     """Options."""

@@ -4,7 +4,8 @@ Huang et al. 2023, arXiv:2307.06350. The prompt's n things are the nouns after a
 times (a half for being detected at all, a half for being detected exactly as often as asked). Detections of one label
 are the same thing where their boxes overlap by IoU > 0.9 or one is covered by more than 90 %; of such, the first stays.
 
-A thing that is named twice is looked for twice. With the benchmark's own detector (UniDet) Stable Diffusion 1.4
+A thing that no label names is looked for as a part of labels: "three phones" are three of "cell phone". A thing that is
+named twice is looked for twice. With the benchmark's own detector (UniDet) Stable Diffusion 1.4
 reaches 0.4461. Metadata ``objects`` (names) with ``count`` (a number, or one for each) goes before what is read from
 the prompt.
 """
@@ -53,7 +54,7 @@ def judge(found: list[_detect.Detection], things: list[_detect.Phrase]) -> tuple
       things: each with its number.
     """
     merged = merge(found)
-    counts = [sum(_detect.matches(detection.label, thing, ALIASES) for detection in merged) for thing in things]
+    counts = [len(_detect.of_thing(merged, thing, ALIASES, within=True)) for thing in things]
     detected = float(np.mean([count > 0 for count in counts]))
     exact = float(np.mean([count == thing.number for count, thing in zip(counts, things, strict=True)]))
     return 0.5 * detected + 0.5 * exact, detected, exact

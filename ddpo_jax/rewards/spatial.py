@@ -93,7 +93,7 @@ def judge(
     Returns:
       (score, share of the two things that were detected, position; NaN where not both were).
     """
-    firsts = [next((d for d in found if _detect.matches(d.label, thing, _detect.PEOPLE)), None) for thing in things]
+    firsts = [next(iter(_detect.of_thing(found, thing, _detect.PEOPLE)), None) for thing in things]
     seen = [detection for detection in firsts if detection is not None]
     score, placed = sum(0.25 * detection.score for detection in seen), float("nan")
     if len(seen) == 2:

@@ -21,7 +21,7 @@ from ddpo_jax import sharding
 from ddpo_jax.errors import InputError
 from ddpo_jax.hosts.exchange import gather, is_first, together
 from ddpo_jax.hosts.rows import own
-from ddpo_jax.rewards._shared.check import Parts, RewardError, RewardFn, call
+from ddpo_jax.rewards._shared.check import Parts, RewardError, RewardFn
 from ddpo_jax.rollout.scoring import PendingReward, RewardRunner, make_reward
 
 MEET_S = 60.0  # seconds after which processes that wait for scores look at each other
@@ -122,6 +122,7 @@ def score(
     metadata: Sequence[Mapping[str, Any]],
     name: str,
     group: int = 1,
+    wait_s: float = math.inf,
 ) -> tuple[Float32[np.ndarray, " N"], Parts]:
     """(scores f32[N], parts f32[N] each) of images that every process has; each scores a part of them.
 
@@ -130,6 +131,7 @@ def score(
       images, prompts, metadata: of N samples.
       name: of the reward, for messages.
       group: so many samples in a row are scored by one process; N is a multiple of it.
+      wait_s: seconds that the reward may take.
 
     Raises:
       RewardError: they could not be had, in some process.
@@ -138,11 +140,13 @@ def score(
     rows = slice(part[0] * group, (part[-1] + 1) * group) if len(part) else slice(0, 0)
     if getattr(fn, "waits_for_others", False):
         rows = slice(0, len(images) if is_first() else 0)
-    found: list[Scored] = []
-    with together(RewardError):
-        if rows.stop:
-            found.append((rows, *call(fn, images[rows], prompts[rows], metadata[rows], name)))
-    return _merged(found, len(images))
+    runner = RewardRunner(fn, name=name, wait_s=wait_s)
+    try:
+        pending = [runner.submit(images[rows], prompts[rows], metadata[rows])] if rows.stop else []
+        _wait(pending)
+        return _merged([(rows, *batch.result()) for batch in pending], len(images))
+    finally:
+        runner.finish()
 
 
 def _merged(found: list[Scored], n: int) -> tuple[Float32[np.ndarray, " N"], Parts]:

@@ -174,13 +174,17 @@ class RewardRunner:
                 f"{self._wait_s:g} s, which is reward.wait_s; allow it more, or mend what it waits for"
             )
 
-    def close(self) -> None:
-        """Drops batches that have not started; does not wait for the one that runs, which may hang."""
+    def finish(self) -> None:
+        """Takes no more batches and drops those that have not started; the reward itself stays open."""
         self._closed = True
         with contextlib.suppress(queue.Empty):
             while (pending := self._queue.get_nowait()) is not None:
                 pending.drop()
         self._queue.put(None)
+
+    def close(self) -> None:
+        """``finish``, and closes the reward; does not wait for a batch that runs, which may hang."""
+        self.finish()
         if callable(close := getattr(self._fn, "close", None)):
             close()
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from ddpo_jax.errors import InputError
 from ddpo_jax.serving import protocol
 from ddpo_jax.serving.server import Handler, Refusal, Reply, Request, json_reply
 
@@ -72,6 +73,8 @@ class Compute:
             scores, parts = self._score(images, prompts, metadata)
         except BaseException as error:  # a reward may raise anything, and must not take the server along
             logging.exception("the reward failed on %d images", len(images))
-            raise Refusal(500, " ".join(str(error).split()) or type(error).__name__) from error
+            wrong = isinstance(error, InputError) or isinstance(error.__cause__, InputError)
+            # 5xx is asked again: what is wrong with a prompt stays so.
+            raise Refusal(422 if wrong else 500, " ".join(str(error).split()) or type(error).__name__) from error
         self._computed += len(images)
         return json_reply(protocol.encode_reply(scores, parts))

@@ -129,8 +129,9 @@ class Server:
         self.port: int = listening.getsockname()[1]
         self._host = host
         self._map: dict[int, Any] = {}
-        # Beyond our limit, which is answered in JSON, and up to twice that, a body is still read but not kept.
-        limits = {"max_request_body_size": 2 * max_bytes + MEGABYTE, "connection_limit": _CONNECTIONS}
+        # A body a little above our limit is read and answered in JSON; waitress itself refuses larger ones. All are on
+        # disk before a token is looked at.
+        limits = {"max_request_body_size": max_bytes + MEGABYTE, "connection_limit": _CONNECTIONS}
         self._server = waitress.create_server(
             self._application,
             map=self._map,

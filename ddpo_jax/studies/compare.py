@@ -36,9 +36,10 @@ from ddpo_jax.studies import curves, statistics
 from ddpo_jax.studies.curves import Curve
 from ddpo_jax.studies.overview import cell
 from ddpo_jax.workdir import files, metrics, show
-from ddpo_jax.workdir.folder import read_config
+from ddpo_jax.workdir.folder import is_free, read_config
 
-IGNORED = re.compile(r"seed|num_epochs|log\..*|checkpoint\..*|train\.(microbatch_size|remat)|mesh\..*|frozen_on_host")
+# What makes no group, besides what a resumed run may change.
+IGNORED = re.compile(r"seed|num_epochs|checkpoint\..*|train\.(microbatch_size|remat)|frozen_on_host")
 TIMES = ("time/rollout_s", "time/reward_s", "time/update_s")
 EVALUATED = "eval/reward/mean"  # what is compared where every run has it
 CALLS = "compute/denoiser_calls"
@@ -93,12 +94,15 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
 
 
 def completed(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run, with the defaults of the options that the version that trained it did not have yet."""
+    """The settings of a run, with the defaults of the options that the version that trained it did not have yet.
+
+    A default that depends on the machine or the model is not known here; such a key is left out.
+    """
     config = default_config()
     for family in FAMILIES:
         with contextlib.suppress(InputError):  # a member of the user's that is not here
             choose(config, family, settings[f"{family}.name"])
-    return {key: value for key, value in flatten(config).items() if value is not None} | settings
+    return {key: value for key, value in flatten(config).items() if value not in (None, "auto")} | settings
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
@@ -106,18 +110,22 @@ def group(runs: Sequence[Run]) -> list[Group]:
 
     A member's own option is left out of the name where the member's name already tells it.
     """
-    keys = [key for key in dict.fromkeys(key for run in runs for key in run.settings) if not IGNORED.fullmatch(key)]
-    differing = [key for key in keys if len({repr(run.settings.get(key)) for run in runs}) > 1]
+    values: dict[str, set[str]] = {}
+    for run in runs:
+        for key, value in run.settings.items():
+            if not (IGNORED.fullmatch(key) or is_free(key)):
+                values.setdefault(key, set()).add(repr(value))
+    differing = [key for key, found in values.items() if len(found) > 1]
     told = []
     for key in differing:
         family = key.partition(".")[0]
-        values: dict[str, set[str]] = {}
+        by_member: dict[str, set[str]] = {}
         for run in runs:
-            values.setdefault(run.settings[f"{family}.name"] if family in FAMILIES else "", set()).add(
+            by_member.setdefault(run.settings[f"{family}.name"] if family in FAMILIES else "", set()).add(
                 repr(run.settings.get(key))
             )
         own = family in FAMILIES and not key.endswith(".name") and f"{family}.name" in differing
-        if not (own and all(len(given) == 1 for given in values.values())):
+        if not (own and all(len(given) == 1 for given in by_member.values())):
             told.append(key)
     groups: dict[str, Group] = {}
     for run in runs:

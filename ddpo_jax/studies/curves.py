@@ -116,13 +116,16 @@ def queries_to(curves: Sequence[Curve], level: float) -> float | None:
 def speed_up(baseline: Sequence[Curve], group: Sequence[Curve]) -> tuple[float | None, tuple[float, float] | None]:
     """How many times fewer queries ``group`` needs to reach the baseline's final reward than the baseline.
 
-    Both counts are to the first time the averaged curve is there. None: it never is, or the
-    baseline ends no higher than it began. The interval is the 2.5th and
-    97.5th percentile over resampled seeds of both (0 where a resample never gets there); None with one seed each.
+    Both counts are to the first time the averaged curve is there. None: it never is, or the baseline ends no higher
+    than it began. The interval is the 2.5th and 97.5th percentile over resampled seeds of both (0 where a resample
+    never gets there); None with one seed each.
     """
 
     def ratio(base: Sequence[Curve], other: Sequence[Curve]) -> float | None:
-        level = float(average(base).mean[-1])
+        mean = average(base).mean
+        if mean[-1] <= mean[0]:
+            return None
+        level = float(mean[-1])
         needs, has = queries_to(other, level), queries_to(base, level)
         return has / needs if needs and has else None
 

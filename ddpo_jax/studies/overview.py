@@ -109,18 +109,22 @@ def cell(estimate: Mapping[str, Any]) -> str:
 
 
 def plot(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
-    """A panel each: 0 is the untrained model, 1 where the baseline ends; shaded: one standard deviation over seeds."""
+    """A panel each: 0 is the untrained model, 1 where the baseline ends; shaded: one standard deviation over seeds.
+
+    Where the baseline gains nothing the unit is the reward's own.
+    """
     columns = 2 if len(panels) == 4 else min(COLUMNS, len(panels))
     with show.plot(path, len(panels), (4.6, 3.4), columns) as every:
         for axes, panel in zip(every, panels, strict=True):
             zero = np.mean([curve.values[0] for runs in panel.runs.values() for curve in runs])
             unit = curves.average(panel.runs[panel.baseline]).mean[-1] - zero
+            rises = unit > 0
             for name, runs in panel.runs.items():
                 found = curves.average(runs)
-                mean, std = (found.mean - zero) / unit, found.std / abs(unit)
+                mean, std = ((found.mean - zero) / unit, found.std / unit) if rises else (found.mean - zero, found.std)
                 (line,) = axes.plot(found.queries, mean, label=name, linewidth=1.6)
                 axes.fill_between(found.queries, mean - std, mean + std, color=line.get_color(), alpha=0.15)
-            axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
-            axes.set_title(panel.title, fontsize=9)
+            axes.axhline(1.0 if rises else 0.0, color="black", linewidth=0.8, linestyle=":")
+            axes.set_title(panel.title if rises else f"{panel.title} (gain in the reward's unit)", fontsize=9)
             axes.set_xlabel("reward queries")
         every[0].set_ylabel("gain, 1 = the baseline's end")

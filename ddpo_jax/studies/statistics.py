@@ -21,7 +21,11 @@ RESAMPLES = 2000
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A statistic and its 95 % interval; the interval is None where a single seed leaves nothing to resample."""
+    """A statistic and its 95 % interval.
+
+    The interval is None where a single seed leaves nothing to resample, or where the statistic of a resample cannot be
+    told (NaN).
+    """
 
     value: float
     interval: tuple[float, float] | None
@@ -48,8 +52,14 @@ def interquartile_mean(panels: Panels) -> float:
 
 
 def normalised_gain(ours: Panels, theirs: Panels) -> float:
-    """Interquartile mean of our gains, each in units of the baseline's interquartile mean on the same panel."""
-    return interquartile_mean([a / interquartile_mean([b]) for a, b in zip(ours, theirs, strict=True)])
+    """Interquartile mean of our gains, each in units of the baseline's interquartile mean on the same panel.
+
+    NaN where the baseline gains nothing on a panel.
+    """
+    units = [interquartile_mean([panel]) for panel in theirs]
+    if min(units) <= 0:
+        return math.nan
+    return interquartile_mean([gains / unit for gains, unit in zip(ours, units, strict=True)])
 
 
 def probability_of_improvement(ours: Panels, theirs: Panels) -> float:
@@ -80,6 +90,8 @@ def bootstrap(statistic: Callable[..., float], *groups: Panels, seed: int = 0, r
     draws = np.empty(resamples)
     for i in range(resamples):
         draws[i] = statistic(*[[panel[rng.integers(len(panel), size=len(panel))] for panel in g] for g in groups])
+    if np.isnan(draws).any():
+        return Estimate(value, None)
     low, high = np.percentile(draws, [2.5, 97.5])
     return Estimate(value, (float(low), float(high)))
 

@@ -26,10 +26,17 @@ from ddpo_jax.config.model import read_json
 from ddpo_jax.errors import InputError
 from ddpo_jax.studies import compare, overview
 from ddpo_jax.workdir import files, metrics
-from ddpo_jax.workdir.folder import read_config
+from ddpo_jax.workdir.folder import SIGNALS, read_config
 
 MARK = "sweep.json"  # in a run's folder: the commands that ended well
 PLAN_KEYS = ("panel", "name", "config")
+PLAN_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "SEEDS": (lambda value: type(value) is int and value > 0, "how many, such as 5; --seeds says which"),
+    "DIFFERENCE": (lambda value: isinstance(value, int | float) and value > 0, "a number above 0"),
+    "BASELINE": (lambda value: isinstance(value, str), "the name of runs"),
+    "METRIC": (lambda value: isinstance(value, str), "the name of a metric"),
+    "EVALUATE": (lambda value: isinstance(value, dict), "a dict of flags"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +72,13 @@ def load(file: pathlib.Path) -> dict[str, Any]:
     for run in plan["runs"]:
         if not isinstance(run, dict) or "config" not in run or "name" not in run:
             raise InputError(f"{fault}runs() returned {run!r}; each must be a dict with 'name' and 'config'")
+        for key in [key for key in PLAN_KEYS if key in run]:
+            if not isinstance(run[key], str) or (key != "config" and ("/" in run[key] or not run[key])):
+                rule = "text" if key == "config" else "the name of a folder"
+                raise InputError(f"{fault}runs() returned {key!r}: {run[key]!r}; it must be {rule}")
+    for key, (holds, rule) in PLAN_RULES.items():
+        if plan.get(key) is not None and not holds(plan[key]):
+            raise InputError(f"{fault}{key} is {plan[key]!r}; it must be {rule}")
     names = [(run.get("panel", "all"), run["name"]) for run in plan["runs"]]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise InputError(f"{fault}two runs are named {'/'.join(twice[0])}; each needs a name of its own")
@@ -127,9 +141,9 @@ class Runner:
         """Runs all jobs; returns those that failed.
 
         Raises:
-          errors.Interrupted: SIGTERM or SIGINT came; the runs in progress have saved.
+          errors.Interrupted: SIGTERM, SIGINT or SIGHUP came; the runs in progress have saved.
         """
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
         before = {number: signal.signal(number, self._stop) for number in numbers}
         failed, seconds = [], []
         self._free = core_sets(parallel)

@@ -65,7 +65,7 @@ def minibatches(
             shares = (chosen.weights + 1) / 2 if unweighted_penalty else chosen.weights
             columns, correction = steps.importance_subset(rng, shares, chosen.mask > 0, trained, count)
         else:
-            columns = steps.uniform_subset(rng, batch_size, trained, count)
+            columns = steps.uniform_subset(rng, chosen.mask > 0, trained, count)
         chosen = dataclasses.replace(chosen, mask=chosen.mask * mask[:, None])
         yield minibatch(
             rng, chosen, columns, correction, unweighted_penalty=unweighted_penalty, by_group=not traits.separable

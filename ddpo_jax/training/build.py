@@ -109,7 +109,8 @@ def split_model(config: ConfigDict, pipe: pipeline.Pipeline) -> Model:
     network, params, frozen = functional(pipe.unet, lora.is_lora if rank else lambda name: True, release=True)
 
     def convert(params: Params, frozen: Params) -> tuple[Params, Params]:
-        off = {name: jnp.zeros_like(x) if rank else x.astype(dtype) for name, x in params.items()}  # adapters off
+        # Adapters off; else the untrained parameters as the policy uses them: scales and biases of norms in float32.
+        off = {name: jnp.zeros_like(x) if rank else x if x.ndim < 2 else x.astype(dtype) for name, x in params.items()}
         return {name: x.astype(dtype) for name, x in frozen.items()}, off
 
     shapes_only = _is_shape(params, frozen)
@@ -181,14 +182,13 @@ def build(ready: Ready, model: Model | None = None, mesh: Mesh | None = None) ->
     )
     collector = Collector(sampler, prompt_fn, runner, plan)
     replay = Buffer(members.replay, config.replay, whole_groups=traits.whole_groups, num_devices=mesh.size)
-    needs_reference = bool(traits.terms & {"ref_log_prob", "kl", "noise_mse"})
-    model.reference = sharding.put_params(model.reference if needs_reference else {}, mesh, rules)
+    model.reference = sharding.put_params(model.reference if traits.needs_reference else {}, mesh, rules)
     evaluation = None
     if config.log.evaluate_every:
         others = {name: everywhere.make(*other_reward(config, name), there) for name in config.log.evaluate_also}
         rewards = {"reward": reward} | others
         sizes = config.log.evaluate_images, config.sample.batch_size, config.log.evaluate_every
-        evaluation = Evaluation(sampler, prompt_fn, rewards, *sizes)
+        evaluation = Evaluation(sampler, prompt_fn, rewards, *sizes, wait_s=config.reward.wait_s)
     return Parts(
         *(algorithm, traits, model, learner, sampler, collector, replay, runner, mesh, sampler.uncond, value),
         evaluation,
@@ -199,10 +199,17 @@ def check_reward(reward: RewardFn, config: ConfigDict, traits: Traits) -> None:
     """Refuses a reward that cannot be trained on so.
 
     Raises:
-      InputError: its parts are to be standardised within prompts, of which there is one image each, or which the
-        algorithm does not compare.
+      InputError: it compares the images of a prompt, and a process has a part of them; its parts are to be
+        standardised within prompts, of which there is one image each, or which the algorithm does not compare.
     """
     name, images = config.algorithm.name, config.prompts.samples_per_prompt
+    each = config.sample.batch_size // jax.process_count()
+    if getattr(reward, "groupwise", False) and not getattr(reward, "waits_for_others", False) and each % images:
+        raise InputError(
+            f"sample.batch_size: received {config.sample.batch_size}; reward {config.reward.name!r} compares the "
+            f"images of a prompt, and each of the {jax.process_count()} processes scores {each}, which must be whole "
+            f"groups of prompts.samples_per_prompt={images}; use {images * jax.process_count()}"
+        )
     if not getattr(reward, "decoupled", {}):
         return
     if images < 2:

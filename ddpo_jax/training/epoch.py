@@ -18,6 +18,7 @@ from ddpo_jax.hosts import rows as hosts
 from ddpo_jax.ops import random, steps
 from ddpo_jax.ops.advantages import PromptStats, decoupled, zscore
 from ddpo_jax.ops.random import Stream
+from ddpo_jax.rewards._shared.check import STATISTICS
 from ddpo_jax.rollout.collector import Rollout
 from ddpo_jax.training import batching
 from ddpo_jax.training.build import Parts
@@ -34,11 +35,13 @@ class Updates:
       metrics: of every update, in order, by name.
       replayed: how many samples of earlier epochs were trained on.
       pairs: how many (sample, step) pairs were trained, over all updates.
+      recomputed: how many log-probs were computed again before them.
     """
 
     metrics: list[dict[str, np.ndarray]]
     replayed: int
     pairs: int
+    recomputed: int = 0
 
 
 def refresh(state: TrainState, traits: Traits, epoch: int) -> tuple[TrainState, Params]:
@@ -135,7 +138,9 @@ def optimise(
             log.append(out | fitted)
         return state
 
+    recomputed = 0
     if options.recompute_log_prob == "on":
+        recomputed = len(samples) * int(parts.trained_steps.sum())
         log_prob = recompute(parts, state, samples, rng, options.batch_size)
         samples = dataclasses.replace(samples, log_prob=log_prob)
     if parts.traits.branching:  # what the algorithm drops is not replayed either
@@ -156,7 +161,7 @@ def optimise(
             f"epoch {epoch}: the loss or its gradient is not finite; the epochs before it are saved. "
             "The same command would get here again: lower train.learning_rate and use another --workdir"
         )
-    return state, Updates(metrics, 0 if replayed is None else len(replayed), pairs)
+    return state, Updates(metrics, 0 if replayed is None else len(replayed), pairs, recomputed)
 
 
 def report(parts: Parts, rollout: Rollout, samples: ScoredSamples, updates: Updates) -> dict[str, Any]:
@@ -165,12 +170,12 @@ def report(parts: Parts, rollout: Rollout, samples: ScoredSamples, updates: Upda
     row = {f"train/{key}": float(np.mean([out[key] for out in updates.metrics])) for key in first}
     if "ratio_deviation" in first:
         row["train/ratio_first_update_deviation"] = float(first["ratio_deviation"])
-    row |= {f"reward/{name}": float(getattr(rollout.rewards, name)()) for name in ("mean", "std", "min", "max")}
+    row |= {f"reward/{name}": float(getattr(rollout.rewards, name)()) for name in STATISTICS}
     row |= {f"reward/{name}": nan_mean(part) for name, part in rollout.parts.items()}
     row |= {"sample/distinct_prompts": len(set(rollout.prompts))}
     row |= {"train/advantage_abs": float(np.abs(samples.advantages).mean())}
-    # A pair costs a forward and a backward pass, about three times the forward pass of a step of a rollout.
-    row |= {"compute/denoiser_calls": samples.log_prob.size + 3 * updates.pairs}
+    calls = samples.log_prob.size + updates.recomputed + parts.traits.pair_calls * updates.pairs
+    row |= {"compute/denoiser_calls": calls}
     row |= {"replay/samples": updates.replayed, "replay/bytes": parts.replay.nbytes}
     return row | {"time/rollout_s": rollout.rollout_s, "time/reward_s": rollout.reward_s}
 

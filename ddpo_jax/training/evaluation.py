@@ -66,6 +66,7 @@ class Evaluation:
         num_images: int,
         batch_size: int,
         every: int = 1,
+        wait_s: float = math.inf,
     ):
         """Args:
         sampler: as of training, so that no other program is compiled.
@@ -74,8 +75,9 @@ class Evaluation:
         num_images: N, in groups of ``PER_PROMPT`` of the same prompt; rounded up to whole groups.
         batch_size: images of one device program, as of training.
         every: epochs between evaluations.
+        wait_s: seconds that a reward may take (``reward.wait_s``).
         """
-        self._every, self._untrained, self._warned = every, Scores(), False
+        self._every, self._wait_s, self._untrained, self._warned = every, wait_s, Scores(), False
         self._sampler, self._batch_size = sampler, batch_size
         self._rewards = {name: in_groups(fn, PER_PROMPT, name) for name, fn in rewards.items()}
         self._count = math.ceil(num_images / PER_PROMPT)
@@ -92,9 +94,12 @@ class Evaluation:
         """Scores the untrained policy, with which all later ones are compared. A resumed run does it again.
 
         Raises:
-          RewardError: a reward failed.
+          RunFailure: a reward failed.
         """
-        self._untrained = self.scores(params)
+        try:
+            self._untrained = self.scores(params)
+        except RewardError as error:
+            raise RunFailure(f"evaluation of the untrained model: {error}; nothing was trained since") from error
 
     def after(self, epochs: int, num_epochs: int, params: Params) -> dict[str, float]:
         """The metrics of the policy after ``epochs`` of ``num_epochs`` epochs; empty where it is not its turn.
@@ -129,7 +134,9 @@ class Evaluation:
         images = self._sampler.images(params, self._prompts, ids, jax.random.key(SEED), self._batch_size)
         found: Scores = {}
         for name, reward in self._rewards.items():
-            values, parts = everywhere.score(reward, images, self._prompts, self._metadata, name, PER_PROMPT)
+            values, parts = everywhere.score(
+                reward, images, self._prompts, self._metadata, name, PER_PROMPT, self._wait_s
+            )
             found |= {name: values} | {f"{name}/{part}": numbers for part, numbers in parts.items()}
         return found | {"diversity": diversity(images)}
 
@@ -152,7 +159,8 @@ class Evaluation:
         """
         row: dict[str, float] = {"eval/queries": evaluations * self.num_images}
         for name, values in now.items():
-            difference = self.difference(values, untrained[name])
+            before = untrained.get(name, np.full_like(values, np.nan))  # a part may come later
+            difference = self.difference(values, before)
             row[f"eval/{name}/mean"] = float(np.nanmean(values)) if not np.isnan(values).all() else math.nan
             row[f"eval/{name}/difference"] = difference.mean
             row[f"eval/{name}/standard_error"] = difference.standard_error

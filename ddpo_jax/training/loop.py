@@ -62,7 +62,8 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock | None, copies: elsew
     )
     with Signals(parts.reward.waits_for) as signals, saver, parts.reward:
         if parts.evaluation:  # before ``restore``, which frees the untrained parameters
-            parts.evaluation.start(sharding.put_params(parts.model.params, parts.mesh, parts.sampler.rules))
+            with signals.stoppable():
+                parts.evaluation.start(sharding.put_params(parts.model.params, parts.mesh, parts.sampler.rules))
         state, start = restore(saver, parts, stats)
         if start >= config.num_epochs:
             logging.info(

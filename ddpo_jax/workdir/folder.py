@@ -50,7 +50,7 @@ def diff_that_matters(
     before, after = (flatten(from_json(to_json(config))) for config in (old, new))  # tuples in both
     lines = []
     for key in before | after:
-        if _is_free(key):
+        if is_free(key):
             continue
         was, now = before.get(key, "absent"), after.get(key, "absent")
         if was == now or (key == "num_epochs" and now > was):
@@ -82,7 +82,7 @@ def read_config(workdir: str | os.PathLike[str], complete: bool = True) -> Confi
     config, reference = from_object(read_json(path), str(path)), default_config()
     given = flatten(config)
     absent = [key.name for key in KEYS if key.name not in given]
-    for name in [name for name in absent if _is_free(name) and name not in OPEN]:
+    for name in [name for name in absent if is_free(name) and name not in OPEN]:
         section = name.partition(".")[0]
         if isinstance(config[section] if section in config else None, ConfigDict):
             with config.unlocked():
@@ -222,5 +222,6 @@ class Signals:
             signal.signal(number, handler)
 
 
-def _is_free(key: str) -> bool:
+def is_free(key: str) -> bool:
+    """Whether a resumed run may change a key: it is not part of what the run computes."""
     return key.startswith(("log.", "mesh.")) or key in FREE

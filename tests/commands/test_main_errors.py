@@ -302,3 +302,17 @@ def test_process_answers_without_importing_jax(tmp_path):
     assert done.returncode == 2 and done.stderr == (
         "error: --config: received 'configs/aesthetics.py'; there is no such file; did you mean configs/aesthetic.py\n"
     )
+
+
+def test_the_installed_command_leaves_as_the_module_does(monkeypatch):
+    """Through ``leave``, which ends a reward that hangs and says good-bye to other processes."""
+    import ddpo_jax.__main__ as command
+    from ddpo_jax.commands import _cli
+
+    text = (ROOT / "setup.py").read_text()
+    assert '"ddpo_jax = ddpo_jax.__main__:console"' in text
+    left = []
+    monkeypatch.setattr(sys, "argv", ["ddpo_jax", "nothing"])
+    monkeypatch.setattr(_cli, "leave", left.append)
+    command.console()
+    assert left == [2]

@@ -326,3 +326,22 @@ def test_what_a_resumed_run_may_change():
     named = {line.split(":")[0] for line in changed}
     assert {"seed", "algorithm.name", "algorithm.ratio_level", "train.timestep_fraction"} <= named
     assert "algorithm.ratio_level: received 'absent', but the run in this folder has 'step'" in "\n".join(changed)
+
+
+def test_people_are_asked_for_no_evaluation_unless_they_are_meant_to():
+    config = default_config()
+    override(config, [("model", "mini"), ("reward.name", "human")])
+    assert resolve(config, "cpu")[0].log.evaluate_every == 0
+    override(config, [("log.evaluate_every", "5")])
+    assert resolve(config, "cpu")[0].log.evaluate_every == 5
+    override(config, [("reward.name", "jpeg_compressibility")])
+    config.log.evaluate_every = None
+    assert resolve(config, "cpu")[0].log.evaluate_every == 10
+
+
+def test_log_probs_that_nobody_reads_are_not_recomputed():
+    config = default_config()
+    override(config, [("model", "mini"), ("dtype", "bfloat16")])
+    assert resolve(config, "cpu")[0].train.recompute_log_prob == "on"
+    override(config, [("algorithm.name", "rwr")])
+    assert resolve(config, "cpu")[0].train.recompute_log_prob == "off"

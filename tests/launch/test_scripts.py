@@ -75,6 +75,7 @@ def test_the_other_dry_runs():
     ("script", "arguments", "message"),
     [
         ("tpu_pod.sh", ["run", "--dry-run"], "run: received no arguments"),
+        ("tpu_pod.sh", ["up", "--dry-run"], "up: received no arguments"),
         ("tpu_pod.sh", ["fly", "--dry-run"], "command: received 'fly'; it must be one of"),
         ("tpu_pod.sh", ["status"], "gcloud is not installed"),
         ("tpu_host.sh", ["fly"], "command: received 'fly'; it must be one of install, mount, run, stop"),
@@ -101,7 +102,7 @@ GCLOUD = """#!/usr/bin/env bash
 echo "$*" >>"$CLOUD/calls"
 last="${@: -1}"
 case "$*" in
-  *describe*) cat "$CLOUD/state" ;;
+  *describe*) cat "$CLOUD/state" || { echo "NOT_FOUND: $1" >&2; exit 1; } ;;
   *queued-resources\\ create*) echo ACTIVE >"$CLOUD/state" ;;
   *queued-resources\\ delete*) rm -rf "$CLOUD"/h? "$CLOUD/state" ;;
   *scp*) for h in h0 h1; do mkdir -p "$CLOUD/$h" && cp "$5" "$CLOUD/$h/ddpo_jax.tar.gz"; done ;;
@@ -133,7 +134,7 @@ def cloud(tmp_path):
         (programs / name).chmod(0o755)
     environment = {"CLOUD": str(tmp_path), "CHECKOUT": str(checkout), "PATH": f"{programs}:{os.environ['PATH']}"}
     environment["PYTHON"] = sys.executable
-    yield tmp_path, lambda *words: bash(checkout / "launch" / "tpu_pod.sh", *words, **environment)
+    yield tmp_path, lambda *words, **also: bash(checkout / "launch" / "tpu_pod.sh", *words, **environment, **also)
     for file in tmp_path.glob("h?/ddpo_jax/run.pid"):
         try:
             os.kill(int(file.read_text()), signal.SIGKILL)
@@ -174,6 +175,21 @@ def test_the_life_of_a_slice(cloud):
     calls = (folder / "calls").read_text()
     assert calls.count("queued-resources create") == 2 and calls.count("queued-resources delete") == 1
     wait_for(lambda: all((host / "arguments").exists() for host in hosts))
+    pod("delete")
+    pod("resume", *ARGUMENTS)  # there is none
+    calls = (folder / "calls").read_text()
+    assert calls.count("queued-resources create") == 3 and calls.count("queued-resources delete") == 2
+    wait_for(lambda: all((host / "arguments").exists() for host in hosts))
+
+
+def test_a_slice_whose_state_is_not_known_is_left_alone(cloud):
+    folder, pod = cloud
+    (folder / "bin" / "gcloud").write_text(
+        '#!/usr/bin/env bash\necho "$*" >>"$CLOUD/calls"; echo "no network" >&2; exit 1\n'
+    )
+    result = pod("resume", *ARGUMENTS, check=False)
+    assert result.returncode == 1 and "the state of ddpo-jax is not known: no network" in result.stderr
+    assert "delete" not in (folder / "calls").read_text()
 
 
 @pytest.mark.parametrize(

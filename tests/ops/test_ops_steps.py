@@ -39,7 +39,7 @@ def test_normalise_refuses(row):
 
 def test_uniform_subset_has_no_repeats_and_draws_every_step_equally_often():
     n = 6000
-    got = steps.uniform_subset(np.random.default_rng(0), n, TRAINED, 2)
+    got = steps.uniform_subset(np.random.default_rng(0), np.ones((n, 4), bool), TRAINED, 2)
     assert got.shape == (n, 2) and got.dtype == np.int32
     assert (got[:, 0] != got[:, 1]).all()
     # Any of the 6 ordered pairs with probability 1/6: mean 1000, deviation sqrt(n 1/6 5/6) = 29; five of them is 145.
@@ -49,7 +49,7 @@ def test_uniform_subset_has_no_repeats_and_draws_every_step_equally_often():
 
 
 def test_uniform_subset_of_all_steps_is_a_permutation():
-    got = steps.uniform_subset(np.random.default_rng(0), 50, TRAINED, 3)
+    got = steps.uniform_subset(np.random.default_rng(0), np.ones((50, 4), bool), TRAINED, 3)
     np.testing.assert_array_equal(np.sort(got, axis=1), [[0, 2, 3]] * 50)
     assert len(np.unique(got, axis=0)) == 6  # each sample has its own order
 

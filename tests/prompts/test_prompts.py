@@ -62,6 +62,7 @@ def test_article():
     assert animals.sentence("a {animal}", "owl") == "an owl"
     assert animals.sentence("A {animal} and a tree", "eagle") == "An eagle and a tree"
     assert animals.sentence("{animal}", "ant") == "ant"
+    assert animals.sentence("manga {animal} of a {animal}", "ant") == "manga ant of an ant"
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,11 @@ def test_score_is_the_plain_cosine(hps_folder, h14_model, cosines, images, antia
     np.testing.assert_allclose(score(hps_folder / FILE, images, antialias=antialias), want, atol=1e-4)
 
 
+def test_prompts_are_cleaned_as_open_clip_does():
+    assert hps.cleaned("a cat\u2019s \u201chat\u201d, Tom &amp;amp; Jerry") == 'a cat\'s "hat", Tom & Jerry'
+    assert hps.cleaned("a cat's hat") == "a cat's hat"
+
+
 def test_all_ways_to_give_the_weights_are_the_same(hps_folder, h14_folder, images, tmp_path, monkeypatch):
     want = score(hps_folder / FILE, images)
     np.testing.assert_array_equal(score(h14_folder, images), want)  # converted to transformers' format

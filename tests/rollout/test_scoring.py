@@ -146,6 +146,7 @@ def raising(error):
         (lambda *_: (np.ones(3), np.ones(3)), r"tuple of \(ndarray, ndarray\); .* \(N scores, dict of parts\)"),
         (lambda *_: (np.ones(3), {"color": np.ones(4)}), r"part 'color', returned shape \(4,\)"),
         (lambda *_: (np.ones(3), None), r"tuple of \(ndarray, NoneType\)"),
+        (lambda *_: (np.ones(3), {"mean": np.ones(3)}), r"a part named 'mean', as which a statistic .* is logged"),
         (lambda *_: (np.ones(3), {7: np.ones(3)}), r"a part whose name is a int; names of parts must be printable"),
         (lambda *_: (np.ones(3), {Awkward(): np.ones(3)}), r"a part whose name is a Awkward"),
         (lambda *_: (np.ones(3), {"\udcff": np.ones(3)}), r"a part named '\\udcff'"),

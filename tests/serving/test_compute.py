@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from http_tools import ask, png, served
 
+from ddpo_jax.errors import InputError
+
 RNG = np.random.default_rng(1)
 IMAGES = RNG.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
 BODY = {"prompt": ["a", "b", "c"], "image": [png(image) for image in IMAGES], "metadata": [{}, {"n": 2}, {}]}
@@ -61,6 +63,15 @@ def test_whatever_the_reward_raises_is_500_in_one_line(error):
         assert status == 500 and "\n" not in reply["error"]
         assert reply["error"] == {ValueError: "two lines", SystemExit: "3"}.get(type(error), "KeyboardInterrupt")
         assert ask(f"{server.url}/compute", "POST", BODY | {"prompt": ["x", "y", "z"]})[0] == 200
+
+
+def test_what_is_wrong_with_a_prompt_is_422_which_nobody_asks_again():
+    def particular(images, prompts, metadata):
+        raise InputError("it counts nothing; name a number")
+
+    with served(particular) as server:
+        status, _, reply = ask(f"{server.url}/compute", "POST", BODY)
+        assert status == 422 and "it counts nothing" in reply["error"]
 
 
 class Gate:

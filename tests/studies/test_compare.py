@@ -65,6 +65,8 @@ def test_speed_up_is_a_ratio_of_queries():
     assert curves.speed_up([base], [fast]) == (40.0 / 20.0, None)
     assert curves.speed_up([base], [slow]) == (None, None)
     assert curves.speed_up([base], [base]) == (1.0, None)
+    falling, rising = curve([3.0, 1.0, 2.0]), curve([3.0, 4.0, 5.0])  # the baseline's end is below its beginning
+    assert curves.speed_up([falling], [rising]) == (None, None)
 
 
 def test_speed_up_interval_covers_the_seeds():
@@ -136,6 +138,26 @@ def test_a_run_of_before_an_option_came_has_its_default(tmp_path):
     other = write(tmp_path / "other", [0.0], **{"algorithm.name": "ddpo_iskl", "algorithm.penalty_clip": True})
     labels = [group.label for group in compare.group(compare.read_runs([old, other]))]
     assert labels == ["penalty_clip=False", "penalty_clip=True"]
+
+
+def test_an_absent_key_whose_default_the_machine_decides_makes_no_group(tmp_path):
+    old, new = (write(tmp_path / name, [0.0]) for name in ("old", "new"))
+    config = json.loads((tmp_path / "old" / "config.json").read_text())
+    del config["train"]["recompute_log_prob"], config["train"]["clip_range"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert [group.label for group in compare.group(compare.read_runs([old, new]))] == ["all runs"]
+
+
+def test_where_a_reward_is_asked_makes_no_group_and_no_token_is_told(tmp_path):
+    remote = {"reward.name": "remote", "reward.url": "http://h:8000", "reward.token": "secret"}
+    seeds = [
+        write(
+            tmp_path / str(port), [0.0, 1.0], port, **remote | {"reward.url": f"http://h:{port}", "reward.token": token}
+        )
+        for port, token in ((8000, "secret"), (8001, "other"))
+    ]
+    (alone,) = compare.group(compare.read_runs(seeds))
+    assert alone.label == "all runs" and alone.differs == {}
 
 
 def test_numbers_of_a_label_are_short(tmp_path):

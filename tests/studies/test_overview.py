@@ -66,6 +66,21 @@ def test_a_panel_on_which_the_baseline_gains_nothing_is_left_out_and_named(panel
     assert alone["methods"]["ours"]["normalised_gain"]["value"] is None
 
 
+def test_where_the_baseline_falls_a_panel_is_drawn_in_the_rewards_unit(tmp_path, monkeypatch):
+    drawn = []
+    plot = overview.show.plot
+
+    @contextlib.contextmanager
+    def kept(*args):
+        with plot(*args) as axes:
+            yield axes
+            drawn.extend((line.get_label(), line.get_ydata()[-1]) for line in axes[0].lines)
+
+    monkeypatch.setattr(overview.show, "plot", kept)
+    overview.plot(tmp_path / "o.png", [Panel("falls", "base", {"base": [curve(5, 4)], "ours": [curve(5, 7)]})])
+    assert dict(drawn)["base"] == -1 and dict(drawn)["ours"] == 2
+
+
 def test_curves_are_drawn_from_the_untrained_model_to_the_baselines_end(panels, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(overview.show, "plot", _noting(overview.show.plot, drawn))

@@ -43,6 +43,14 @@ def test_a_single_seed_has_no_interval():
     assert (estimate.value, estimate.interval, str(estimate)) == (2.0, None, "2")
 
 
+def test_no_interval_where_a_resampled_baseline_gains_nothing():
+    """Of three seeds of gains -0.02, 0.1 and 0.12 one resample in 27 holds the first alone, and would turn the sign."""
+    ours, theirs = [np.full(3, 0.3)], [np.array([-0.02, 0.10, 0.12])]
+    found = statistics.bootstrap(statistics.normalised_gain, ours, theirs)
+    assert found.value == pytest.approx(0.3 / 0.2 * 3) and found.interval is None
+    assert np.isnan(statistics.normalised_gain(ours, [np.zeros(3)]))
+
+
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     """200 experiments of 20 standard normal seeds: a 95 % interval of the mean misses 0 in 3 to 20 of them
     (the percentile bootstrap is a little narrow: about 93 % at 20 seeds)."""

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pathlib
+import shlex
 import signal
 import stat
 import sys
@@ -153,7 +155,8 @@ def test_a_run_is_followed_by_its_evaluation(standin, tmp_path, capsys):
     assert not stale.exists() and len(calls.read_text().splitlines()) == 6  # trained on, so evaluated anew
 
 
-def test_a_signal_stops_the_runs_and_starts_no_other(standin, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_the_runs_and_starts_no_other(standin, tmp_path, number):
     calls, file = standin
     text = '"""A."""\ndef runs():\n    return [{"name": n, "config": "slow.py"} for n in ("a", "b", "c")]\n'
     file.write_text(text)
@@ -164,12 +167,12 @@ def test_a_signal_stops_the_runs_and_starts_no_other(standin, tmp_path):
         while not calls.exists():
             time.sleep(0.02)
         time.sleep(0.2)  # the stand-in has set its trap
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     threading.Thread(target=stop).start()
     with pytest.raises(errors.Interrupted) as stopped:
         sweep.Runner(lambda line: None).run(todo, 1)
-    assert stopped.value.exit_code == 143
+    assert stopped.value.exit_code == 128 + number
     assert len(calls.read_text().splitlines()) == 1
     assert metrics.read_metrics(todo[0].workdir) == []
 
@@ -182,6 +185,14 @@ def test_a_signal_stops_the_runs_and_starts_no_other(standin, tmp_path):
         ("def runs():\n    return [{'name': 'a', 'config': 'c.py'}] * 2\n", "two runs are named all/a"),
         ("def runs():\n    return {}['x']\n", "KeyError: 'x'"),
         ("def runs(:\n", "SyntaxError"),
+        (
+            "def runs():\n    return [{'name': 'a/b', 'config': 'c.py'}]\n",
+            "'name': 'a/b'; it must be the name of a folder",
+        ),
+        ("def runs():\n    return [{'name': 'a', 'config': 3}]\n", "'config': 3; it must be text"),
+        ("SEEDS = [0, 1]\ndef runs():\n    return []\n", "SEEDS is [0, 1]; it must be how many"),
+        ("DIFFERENCE = 0\ndef runs():\n    return []\n", "DIFFERENCE is 0; it must be a number above 0"),
+        ("EVALUATE = ['x']\ndef runs():\n    return []\n", "EVALUATE is ['x']; it must be a dict of flags"),
     ],
 )
 def test_a_faulty_sweep_file_is_one_line(tmp_path, capsys, text, fault):
@@ -199,5 +210,7 @@ def test_wrong_flags_are_one_line(standin, capsys):
     ):
         assert run(file, flags) == 2
         assert fault in capsys.readouterr().err
-    assert run(file, "--dry-run", "--seeds=5") == 0
-    assert len(capsys.readouterr().out.splitlines()) == 3
+    assert run(file, "--dry-run", "--seeds=5", "--out=a folder") == 0
+    printed = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(printed) == 3 and all(words[4].startswith("--workdir=a folder/") for words in printed)
+    assert not pathlib.Path("a folder").exists()

@@ -126,6 +126,16 @@ def test_steps_left_out_of_a_sample_stay_out():
         np.testing.assert_array_equal(batch.mask, batch.steps >= 2)
 
 
+@pytest.mark.parametrize("step_sampling", ["uniform", "importance"])
+def test_a_part_of_the_steps_is_of_those_that_a_sample_trains(step_sampling):
+    """Else an update could have nothing to train."""
+    mask = np.tile(np.array([0, 0, 1, 1], np.float32), (40, 1))
+    chosen = ScoredSamples(**{**vars(samples(40)), "mask": mask})
+    options = {"timestep_fraction": 0.25, "step_sampling": step_sampling}
+    for batch in batches(40, 1, chosen=chosen, **options):
+        assert batch.mask.tolist() == [[1]]
+
+
 def test_importance_sampling_draws_steps_by_weight_and_does_not_weigh_them_again():
     n, weights = 4000, np.array([0.2, 1.8, 2.0, 0.0], np.float32)  # mean 1
     chosen = ScoredSamples(**{**vars(samples(n)), "weights": np.tile(weights, (n, 1))})

@@ -2,11 +2,13 @@
 
 import weakref
 
+import jax
+import numpy as np
 import pytest
 from tiny import SMALLEST_UNET, quick_compilation, tiny_pipeline_folder, tiny_ready
 
 from ddpo_jax.errors import InputError
-from ddpo_jax.training.build import build, describe
+from ddpo_jax.training.build import build, check_reward, describe
 
 
 @pytest.fixture(scope="module")
@@ -42,3 +44,28 @@ def test_the_loaded_parameters_do_not_outlive_their_copy_in_the_state(folder, ra
         name: (x.shape, x.dtype) for name, x in state.params.items()
     }
     assert describe(parts, config) == before  # the start-up log of a run that was restored
+
+
+@quick_compilation()
+def test_in_bfloat16_the_reference_is_the_untrained_policy(folder):
+    """Norms use their scale and bias in float32, whatever the compute type."""
+    ready = tiny_ready(folder, **{"train.lora_rank": 0, "mesh.data": 1, "dtype": "bfloat16", "algorithm.name": "dpok"})
+    parts = build(ready)
+    params, reference = parts.init().params, parts.model.reference
+    assert {x.ndim for x in params.values()} >= {1, 2, 4}
+    for name, value in params.items():
+        cast = value if value.ndim < 2 else value.astype("bfloat16")
+        np.testing.assert_array_equal(np.asarray(reference[name]), np.asarray(cast))
+        assert reference[name].dtype == cast.dtype
+
+
+def test_a_process_that_would_compare_a_part_of_a_prompts_images_is_refused(folder, monkeypatch):
+    ready = tiny_ready(folder, **{"prompts.samples_per_prompt": 4, "mesh.data": 1})
+
+    def reward(images, prompts, metadata): ...
+
+    monkeypatch.setattr(jax, "process_count", lambda: 4)  # 2 of the 8 images each
+    check_reward(reward, ready.config, parts_traits := ready.members.traits(ready.config))
+    reward.groupwise = True
+    with pytest.raises(InputError, match="sample.batch_size: received 8; .* 4 processes scores 2, .*; use 16"):
+        check_reward(reward, ready.config, parts_traits)

@@ -1,5 +1,6 @@
 """From a rollout to scored samples and a row of metrics, without a network: numbers small enough to do by hand."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -123,6 +124,10 @@ def test_the_row_of_an_epoch():
         "time/rollout_s": 3.0,
         "time/reward_s": 2.0,
     }
+    # log-probs computed again; the terms of a coupled loss and those of the pretrained model take a pass each
+    made.traits = dataclasses.replace(made.traits, separable=False, terms=frozenset({"log_prob", "ref_log_prob"}))
+    more = epoch.report(made, rollout(), samples, epoch.Updates(metrics, replayed=3, pairs=5, recomputed=12))
+    assert more["compute/denoiser_calls"] == 4 * 4 + 12 + 5 * 5
     nothing = epoch.report(
         made, rollout(), samples, epoch.Updates([], replayed=0, pairs=0)
     )  # the algorithm kept no sample

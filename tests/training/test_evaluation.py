@@ -1,10 +1,12 @@
 """Evaluation in training: paired differences by hand, the same set whatever the run, and what a run writes of it."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
 
+from ddpo_jax.errors import RunFailure
 from ddpo_jax.training import evaluation
 from ddpo_jax.training.evaluation import Evaluation
 
@@ -75,6 +77,41 @@ def test_the_row():
     assert row["eval/reward/mean"] == 12 + 3.5 and row["eval/reward/difference"] == 2.0
     assert row["eval/reward/standard_error"] == 0.0 and row["eval/other/difference"] == -2.0
     assert row["eval/reward/even/mean"] == 1.0 and row["eval/diversity/difference"] == 0.0
+
+
+def test_a_reward_that_fails_or_hangs_on_the_untrained_model_ends_the_run_in_one_line():
+    def broken(images, prompts, metadata):
+        raise OSError("no weights")
+
+    with pytest.raises(RunFailure, match="untrained model: reward 'other' raised OSError: no weights"):
+        made(other=broken)[0].start(0)
+    go = threading.Event()
+    hanging = Evaluation(Painter(), prompts, {"reward": lambda *batch: go.wait(20)}, 8, batch_size=4, wait_s=0.2)
+    with pytest.raises(RunFailure, match="has not returned from call 1 .* after 0.2 s, which is reward.wait_s"):
+        hanging.start(0)
+    go.set()
+
+
+def test_no_thread_is_left_and_the_reward_stays_open():
+    class Reward:
+        def __call__(self, images, prompts, metadata):
+            return np.zeros(len(images))
+
+        def close(self):
+            raise AssertionError("training still needs it")
+
+    made(other=Reward())[0].scores(0)
+    for thread in threading.enumerate():
+        if thread.name == "reward":
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_a_part_that_comes_later_has_no_difference():
+    one, _ = made()
+    now = one.scores(12)
+    row = one.row(now | {"reward/late": np.ones(8, np.float32)}, now, evaluations=2)
+    assert row["eval/reward/late/mean"] == 1 and math.isnan(row["eval/reward/late/difference"])
 
 
 def test_a_reward_that_rises_while_another_falls_is_said(caplog):

@@ -11,6 +11,7 @@ from jaxtyping import Float32, UInt8
 
 from ddpo_jax.errors import Interrupted, one_line
 
+STATISTICS = ("mean", "std", "min", "max")  # of the whole reward, logged as reward/<name>
 Parts = dict[str, Float32[np.ndarray, " N"]]
 RewardFn = Callable[[np.ndarray, list[str], list[dict[str, Any]]], Any]
 
@@ -71,6 +72,11 @@ def check(output: Any, prompts: Sequence[str], name: str) -> tuple[Float32[np.nd
         if not isinstance(part, str) or not part.isprintable():
             what = f"named {part!r:.80}" if isinstance(part, str) else f"whose name is a {type(part).__name__}"
             raise RewardError(f"reward {name!r} returned a part {what}; names of parts must be printable strings")
+        if part in STATISTICS:
+            raise RewardError(
+                f"reward {name!r} returned a part named {part!r}, as which a statistic of the whole reward is logged; "
+                "give it another name"
+            )
     return scores, {
         part: _numbers(value, len(prompts), f"reward {name!r}, part {part!r:.80},") for part, value in named
     }

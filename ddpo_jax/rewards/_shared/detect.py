@@ -203,18 +203,47 @@ def named(text: str) -> Phrase:
     return Phrase(words)
 
 
-def matches(label: str, phrase: Phrase, aliases: Mapping[str, str]) -> bool:
+def of_thing(
+    found: Sequence[Detection], thing: Phrase, aliases: Mapping[str, str], within: bool = False
+) -> list[Detection]:
+    """The detections of a thing, by the first of these names that any label has.
+
+    The word for which the aliases have the thing's; the thing's own; with ``within`` the thing's last word as a part of
+    a label ("phones" of "cell phone").
+
+    Args:
+      found: of one image.
+      thing: of the prompt.
+      aliases: words of the prompt that the benchmark's detector calls otherwise, such as ``PEOPLE``.
+      within: see above.
+    """
+    ways: list[Callable[[str], bool]] = [
+        lambda label: matches(label, thing, aliases),
+        lambda label: matches(label, thing),
+    ]
+    if within:
+        last = Phrase(thing.words[-1:])
+        ways.append(lambda label: any(matches(word, last, aliases) for word in _words(label)))
+    every = ([detection for detection in found if way(detection.label)] for way in ways)
+    return next(filter(None, every), [])
+
+
+def matches(label: str, phrase: Phrase, aliases: Mapping[str, str] | None = None) -> bool:
     """Whether a detection's label names the thing of a phrase: its words stand in the phrase, in singular or plural.
 
     Args:
       label: "star", "traffic light", "Traffic_light".
       phrase: of the prompt.
-      aliases: words that mean another one, such as ``PEOPLE``.
+      aliases: words of the phrase that mean another one, such as ``PEOPLE``.
     """
-    wanted = [_forms(word, aliases) for word in phrase.words]
-    given = [_forms(word, aliases) for word in _TOKEN.findall(label.lower().replace("_", " ")) if word[0].isalnum()]
+    wanted = [_forms(word, aliases or {}) for word in phrase.words]
+    given = [_forms(word, {}) for word in _words(label)]
     ends = range(len(wanted) - len(given) + 1) if given else ()
     return any(all(a & b for a, b in zip(given, wanted[start:], strict=False)) for start in ends)
+
+
+def _words(label: str) -> list[str]:
+    return [word for word in _TOKEN.findall(label.lower().replace("_", " ")) if word[0].isalnum()]
 
 
 def _forms(word: str, aliases: Mapping[str, str]) -> set[str]:
