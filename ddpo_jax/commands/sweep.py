@@ -64,9 +64,10 @@ def main(argv: Sequence[str]) -> None:
         raise InputError(f"{wrong[0]}: received no value; write {wrong[0]}=VALUE, which every run gets")
     file = pathlib.Path(args.file)
     plan = sweep.load(file)
-    out = pathlib.Path(args.out or pathlib.Path("runs") / "sweeps" / file.stem)
+    given = args.out or f"runs/sweeps/{file.stem}"
+    out = pathlib.Path(given).expanduser() if args.dry_run else cli.folder_to_write(given, "--out")
     seeds = _seeds(args.seeds) if args.seeds else list(range(plan.get("SEEDS", 3)))
-    todo = sweep.jobs(plan, file, out if args.dry_run else cli.folder_to_write(out, "--out"), seeds, args.only, extra)
+    todo = sweep.jobs(plan, file, out, seeds, args.only, extra)
     if args.dry_run:
         print("\n".join(shlex.join(command) for job in todo for command in job.commands.values()))
         return

@@ -75,7 +75,7 @@ def test_a_config_that_is_none_is_one_line(tmp_path, kind, complete):
         ("train", 3, "it lacks train.adam_b1, "),
         ("seed", "0", "seed: received '0'; it must be a whole number"),
         ("seed", True, "seed: received True; it must be a whole number"),
-        ("seed", -1, "seed: received -1; it must be at least 0"),
+        ("seed", -1, "seed: received -1; it must be from 0 to 2147483647"),
         ("model", 7, "model: received 7; it must be text"),
         ("sample.num_steps", 2.5, "sample.num_steps: received 2.5; it must be a whole number"),
         ("sample.num_steps", 10**9, "sample.num_steps: received 1000000000; it must be from 1"),
