@@ -30,6 +30,7 @@ PER_PROMPT = 4  # images of each prompt: enough to see whether they differ
 SEED = 0  # not the run's: all runs are evaluated on the same prompts and noise
 CLEAR = 2.0  # standard errors from which a difference is taken for real
 TRAINED = "reward"  # the reward that is trained on, in the names of metrics
+SAVED = "the epochs before are saved, the same command goes on from here"
 REMEDY = (
     "the policy may be exploiting the reward; look at samples/, take an earlier checkpoint (--epoch), lower "
     "train.learning_rate, or penalise the distance to the pretrained model (algorithm=dpok)"
@@ -99,7 +100,7 @@ class Evaluation:
         try:
             self._untrained = self.scores(params)
         except RewardError as error:
-            raise RunFailure(f"evaluation of the untrained model: {error}; nothing was trained since") from error
+            raise RunFailure(f"evaluation of the untrained model: {error}; {SAVED}") from error
 
     def after(self, epochs: int, num_epochs: int, params: Params) -> dict[str, float]:
         """The metrics of the policy after ``epochs`` of ``num_epochs`` epochs; empty where it is not its turn.
@@ -112,8 +113,7 @@ class Evaluation:
         try:
             now = self.scores(params)
         except RewardError as error:
-            why = "the epochs before are saved, the same command goes on from here"
-            raise RunFailure(f"evaluation after epoch {epochs - 1}: {error}; {why}") from error
+            raise RunFailure(f"evaluation after epoch {epochs - 1}: {error}; {SAVED}") from error
         self.warn(now, self._untrained)
         return self.row(now, self._untrained, 1 + math.ceil(epochs / self._every))
 
