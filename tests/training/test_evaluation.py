@@ -100,11 +100,11 @@ def test_no_thread_is_left_and_the_reward_stays_open():
         def close(self):
             raise AssertionError("training still needs it")
 
+    before = set(threading.enumerate())  # other tests may have left one that hangs
     made(other=Reward())[0].scores(0)
-    for thread in threading.enumerate():
-        if thread.name == "reward":
-            thread.join(5)
-            assert not thread.is_alive()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 def test_a_part_that_comes_later_has_no_difference():
