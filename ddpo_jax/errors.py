@@ -10,6 +10,8 @@ import signal as signals
 from collections.abc import Callable
 from typing import Any
 
+SAVED = "the epochs before are saved, the same command goes on from here"  # ends the line of many a RunFailure
+
 
 class InputError(ValueError):
     """The user's input is wrong. Its message has one line for each fault: key, value received, rule, fix; exit code 2.

@@ -86,6 +86,13 @@ train() {
   on all "bash ddpo_jax/launch/tpu_host.sh run $(words "--workdir=$runs/$name" "$@")"
 }
 
+# begin ARGUMENTS: on a slice that is there.
+begin() {
+  install
+  train "$@"
+  follow
+}
+
 follow() { on 0 "tail -n 40 -F ddpo_jax/run.log"; }
 
 stop() { on all "bash ddpo_jax/launch/tpu_host.sh stop"; }
@@ -116,16 +123,12 @@ resume() {
       ;;
     *) active ;;
   esac
-  install
-  train "$@"
-  follow
+  begin "$@"
 }
 
 up() {
   create
-  install
-  train "$@"
-  follow
+  begin "$@"
 }
 
 parse "$@"

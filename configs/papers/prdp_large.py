@@ -7,8 +7,7 @@ miniature:  ...:model=mini (64 images, 8 prompts x 8, of its 112 896 prompts; ve
 FILE has one prompt a line: those of the training set of HPDv2 in the paper (section 4.1). The multi-reward setup of the
 same section has the training prompts of Pick-a-Pic v1 and
 ...:reward=weighted,reward.rewards='pickscore=10,hps=2,aesthetic=0.05',reward.options='pickscore.scale=0.01,hps.version=v2'
-(PickScore on the scale of the paper's Table 1). For what the text leaves open see
-``prdp.py``.
+(PickScore on the scale of the paper's Table 1). For what the text leaves open see ``prdp.py``.
 """
 
 from ml_collections import ConfigDict

@@ -138,9 +138,9 @@ def score(
     """
     part = np.array_split(np.arange(len(images) // group), jax.process_count())[jax.process_index()]
     rows = slice(part[0] * group, (part[-1] + 1) * group) if len(part) else slice(0, 0)
-    if getattr(fn, "waits_for_others", False):
-        rows = slice(0, len(images) if is_first() else 0)
     runner = RewardRunner(fn, name=name, wait_s=wait_s)
+    if runner.waits_for_others:
+        rows = slice(0, len(images) if is_first() else 0)
     try:
         pending = [runner.submit(images[rows], prompts[rows], metadata[rows])] if rows.stop else []
         _wait(pending)

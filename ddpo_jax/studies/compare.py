@@ -21,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,8 +37,7 @@ from ddpo_jax.studies.overview import cell
 from ddpo_jax.workdir import files, metrics, show
 from ddpo_jax.workdir.folder import is_free, read_config
 
-# What makes no group, besides what a resumed run may change.
-IGNORED = re.compile(r"seed|num_epochs|checkpoint\..*|train\.(microbatch_size|remat)|frozen_on_host")
+IGNORED = ("seed", "num_epochs", "train.remat", "frozen_on_host")  # besides what a resumed run may change
 TIMES = ("time/rollout_s", "time/reward_s", "time/update_s")
 EVALUATED = "eval/reward/mean"  # what is compared where every run has it
 CALLS = "compute/denoiser_calls"
@@ -113,7 +111,7 @@ def group(runs: Sequence[Run]) -> list[Group]:
     values: dict[str, set[str]] = {}
     for run in runs:
         for key, value in run.settings.items():
-            if not (IGNORED.fullmatch(key) or is_free(key)):
+            if key not in IGNORED and not is_free(key):
                 values.setdefault(key, set()).add(repr(value))
     differing = [key for key, found in values.items() if len(found) > 1]
     told = []

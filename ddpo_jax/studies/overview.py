@@ -117,11 +117,12 @@ def plot(path: str | os.PathLike[str], panels: Sequence[Panel]) -> None:
     with show.plot(path, len(panels), (4.6, 3.4), columns) as every:
         for axes, panel in zip(every, panels, strict=True):
             zero = np.mean([curve.values[0] for runs in panel.runs.values() for curve in runs])
-            unit = curves.average(panel.runs[panel.baseline]).mean[-1] - zero
-            rises = unit > 0
+            gain = curves.average(panel.runs[panel.baseline]).mean[-1] - zero
+            rises = gain > 0
+            unit = gain if rises else 1.0
             for name, runs in panel.runs.items():
                 found = curves.average(runs)
-                mean, std = ((found.mean - zero) / unit, found.std / unit) if rises else (found.mean - zero, found.std)
+                mean, std = (found.mean - zero) / unit, found.std / unit
                 (line,) = axes.plot(found.queries, mean, label=name, linewidth=1.6)
                 axes.fill_between(found.queries, mean - std, mean + std, color=line.get_color(), alpha=0.15)
             axes.axhline(1.0 if rises else 0.0, color="black", linewidth=0.8, linestyle=":")

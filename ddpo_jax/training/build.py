@@ -109,9 +109,11 @@ def split_model(config: ConfigDict, pipe: pipeline.Pipeline) -> Model:
     network, params, frozen = functional(pipe.unet, lora.is_lora if rank else lambda name: True, release=True)
 
     def convert(params: Params, frozen: Params) -> tuple[Params, Params]:
-        # Adapters off; else the untrained parameters as the policy uses them: scales and biases of norms in float32.
-        off = {name: jnp.zeros_like(x) if rank else x if x.ndim < 2 else x.astype(dtype) for name, x in params.items()}
-        return {name: x.astype(dtype) for name, x in frozen.items()}, off
+        cast = {name: x.astype(dtype) for name, x in frozen.items()}
+        if rank:  # adapters off
+            return cast, jax.tree.map(jnp.zeros_like, params)
+        # The untrained parameters as the policy uses them: scales and biases of norms in float32.
+        return cast, {name: x if x.ndim < 2 else x.astype(dtype) for name, x in params.items()}
 
     shapes_only = _is_shape(params, frozen)
     frozen, reference = jax.eval_shape(convert, params, frozen) if shapes_only else jax.jit(convert)(params, frozen)

@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float, UInt8
 
-from ddpo_jax.errors import RunFailure
+from ddpo_jax.errors import SAVED, RunFailure
 from ddpo_jax.ops import random
 from ddpo_jax.ops.random import Stream
 from ddpo_jax.rewards._shared.check import RewardError, RewardFn
@@ -30,7 +30,6 @@ PER_PROMPT = 4  # images of each prompt: enough to see whether they differ
 SEED = 0  # not the run's: all runs are evaluated on the same prompts and noise
 CLEAR = 2.0  # standard errors from which a difference is taken for real
 TRAINED = "reward"  # the reward that is trained on, in the names of metrics
-SAVED = "the epochs before are saved, the same command goes on from here"
 REMEDY = (
     "the policy may be exploiting the reward; look at samples/, take an earlier checkpoint (--epoch), lower "
     "train.learning_rate, or penalise the distance to the pretrained model (algorithm=dpok)"

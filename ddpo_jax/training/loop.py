@@ -12,7 +12,7 @@ from ddpo_jax import sharding
 from ddpo_jax.config.keys import to_json
 from ddpo_jax.config.ready import Ready
 from ddpo_jax.config.validate import doubts
-from ddpo_jax.errors import InputError, Interrupted, RunFailure
+from ddpo_jax.errors import SAVED, InputError, Interrupted, RunFailure
 from ddpo_jax.hosts import exchange
 from ddpo_jax.hosts import rows as hosts
 from ddpo_jax.hosts.runtime import others_alive
@@ -88,9 +88,7 @@ def _train(ready: Ready, workdir: pathlib.Path, lock: Lock | None, copies: elsew
                     except (RewardError, InputError) as error:  # the reward, or the user's prompt function
                         if epoch == start and isinstance(error, InputError):
                             raise
-                        raise RunFailure(
-                            f"epoch {epoch}: {error}; the epochs before are saved, the same command goes on from here"
-                        ) from error
+                        raise RunFailure(f"epoch {epoch}: {error}; {SAVED}") from error
                     record.stage("updating")
                     # Only what is put on the devices on purpose goes there; anything else would wait for them.
                     with jax.transfer_guard_host_to_device("disallow"):

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from waiting import until
 
 from ddpo_jax.feedback import app
 from ddpo_jax.feedback.answers import image_name
@@ -76,10 +77,7 @@ class Page:
         return self.browser.find_element("css selector", selector)
 
     def until(self, script):
-        deadline = time.monotonic() + 60
-        while not self.js(script):
-            assert time.monotonic() < deadline, f"not within a minute: {script}\n{self.text()}"
-            time.sleep(0.02)
+        assert until(lambda: self.js(script), 60), f"not within a minute: {script}\n{self.text()}"
 
     def text(self):
         return self.element("body").text

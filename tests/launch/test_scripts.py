@@ -7,9 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from waiting import until
 
 LAUNCH = pathlib.Path(__file__).resolve().parents[2] / "launch"
 SCRIPTS = sorted([*LAUNCH.rglob("*.sh"), LAUNCH / "slurm.sbatch"])
@@ -143,10 +143,7 @@ def cloud(tmp_path):
 
 
 def wait_for(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
+    assert until(condition, 20)
 
 
 def ended(host):

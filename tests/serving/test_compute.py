@@ -9,6 +9,7 @@ import http_tools
 import numpy as np
 import pytest
 from http_tools import ask, png, served
+from waiting import until
 
 from ddpo_jax.errors import InputError
 
@@ -101,9 +102,7 @@ def test_one_at_a_time_and_a_full_queue_sends_away():
         ]
         for thread in threads:
             thread.start()
-        deadline = time.monotonic() + 20
-        while len(results) < 2 and time.monotonic() < deadline:  # one runs, two wait, two are sent away
-            time.sleep(0.01)
+        until(lambda: len(results) >= 2, 20)  # one runs, two wait, two are sent away
         assert ask(f"{server.url}/health")[2]["requests"] == 3  # it answers meanwhile
         assert [(status, headers["Retry-After"]) for status, headers, _ in results] == [(503, "1")] * 2
         gate.go.set()
@@ -123,9 +122,7 @@ def test_a_request_whose_client_has_gone_is_not_computed():
         with socket.create_connection(("127.0.0.1", server.port)) as impatient:
             head = f"POST /compute HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
             impatient.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
-            deadline = time.monotonic() + 20
-            while ask(f"{server.url}/health")[2]["requests"] < 2 and time.monotonic() < deadline:
-                time.sleep(0.01)
+            until(lambda: ask(f"{server.url}/health")[2]["requests"] >= 2, 20)
         time.sleep(0.3)  # for the server to notice
         gate.go.set()
         first.join(20)

@@ -65,7 +65,8 @@ def test_a_process_that_would_compare_a_part_of_a_prompts_images_is_refused(fold
     def reward(images, prompts, metadata): ...
 
     monkeypatch.setattr(jax, "process_count", lambda: 4)  # 2 of the 8 images each
-    check_reward(reward, ready.config, parts_traits := ready.members.traits(ready.config))
+    traits = ready.members.traits(ready.config)
+    check_reward(reward, ready.config, traits)
     reward.groupwise = True
     with pytest.raises(InputError, match="sample.batch_size: received 8; .* 4 processes scores 2, .*; use 16"):
-        check_reward(reward, ready.config, parts_traits)
+        check_reward(reward, ready.config, traits)

@@ -13,6 +13,7 @@ import pytest
 import tiny
 import tiny_reward
 from http_tools import rated, stars
+from waiting import until
 
 from ddpo_jax.errors import InputError, Interrupted, RunFailure
 from ddpo_jax.rewards._shared import http as _http
@@ -142,9 +143,7 @@ def page(monkeypatch):
 
 
 def await_page(page, count):
-    deadline = time.monotonic() + 300
-    while len(page) < count and time.monotonic() < deadline:
-        time.sleep(0.02)
+    until(lambda: len(page) >= count, 300)
     return page[count - 1]
 
 

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import tiny_reward
 from ml_collections import ConfigDict
+from waiting import until
 
 from ddpo_jax import sharding
 from ddpo_jax.config import default_config
@@ -96,9 +97,7 @@ def said(monkeypatch):
 
 
 def wait_for_lines(said, count):
-    end = time.monotonic() + 20
-    while len(said) < count and time.monotonic() < end:
-        time.sleep(0.01)
+    until(lambda: len(said) >= count, 20)
     time.sleep(0.1)  # none of them is said twice
     assert len(said) == count
     return said[-1]

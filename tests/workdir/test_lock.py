@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from waiting import until
 
 from ddpo_jax.errors import InputError, RunFailure
 from ddpo_jax.workdir import lock
@@ -97,10 +98,7 @@ def test_an_owner_gives_signs_of_life(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "BEAT_S", 0.05)
     with Lock(tmp_path):
         before = (tmp_path / FILE).stat().st_mtime_ns
-        end = time.monotonic() + 30
-        while (tmp_path / FILE).stat().st_mtime_ns == before:
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        assert until(lambda: (tmp_path / FILE).stat().st_mtime_ns != before, 30)
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"pid": "one"}', "\udcff"])
