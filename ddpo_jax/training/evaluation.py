@@ -163,6 +163,7 @@ class Evaluation:
             row[f"eval/{name}/mean"] = float(np.nanmean(values)) if not np.isnan(values).all() else math.nan
             row[f"eval/{name}/difference"] = difference.mean
             row[f"eval/{name}/standard_error"] = difference.standard_error
+            row[f"eval/{name}/deviations"] = difference.mean / deviation(before)
         return row
 
     def warn(self, now: Scores, untrained: Scores) -> str:
@@ -184,6 +185,12 @@ class Evaluation:
         self._warned = True
         logging.warning("%s", line)
         return line
+
+
+def deviation(values: Float[np.ndarray, " N"]) -> float:
+    """Standard deviation of what is not NaN, as a unit: NaN where it is 0 or nothing is known."""
+    known = values[~np.isnan(values)].astype(np.float64)
+    return (float(known.std()) if known.size else 0.0) or math.nan
 
 
 def diversity(images: UInt8[np.ndarray, "N H W 3"]) -> Float[np.ndarray, " N"]:

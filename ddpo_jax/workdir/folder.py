@@ -157,21 +157,20 @@ def finish(workdir: pathlib.Path, there: epath.Path | None = None) -> None:
         return
     metrics.plot_curve(workdir / "reward.png", {workdir.name: rows})
     first, last = rows[0]["reward/mean"], rows[-1]["reward/mean"]
-    if first is None or last is None:
-        rise = "reward not finite"
-    else:
-        deviations = (last - first) / max(rows[0].get("reward/std") or 0.0, 1e-12)
-        by = f"{last - first:+.4g}: {deviations:+.2f} standard deviations of the first epoch"
-        rise = f"reward {first:.4g} -> {last:.4g} ({by})"
-    queries = f"in {rows[-1]['reward_queries']} queries"
+    rise = "reward not finite" if first is None or last is None else f"reward {first:.4g} -> {last:.4g}"
+    result = f"{rise} in {rows[-1]['reward_queries']} queries"
     keys = ("eval/reward/difference", "eval/reward/standard_error")
     if paired := [row for row in rows if all(row.get(key) is not None for key in keys)]:
         gain, error = (paired[-1][key] for key in keys)
         when = "" if paired[-1] is rows[-1] else f" after {paired[-1]['reward_queries']}"
-        queries += f"; on equal prompts and noise {gain:+.3g} ± {error:.2g}{when}"
+        result += f"; on equal prompts and noise {gain:+.3g} ± {error:.2g}{when}"
+        if (deviations := paired[-1].get("eval/reward/deviations")) is not None:
+            result += f" ({deviations:+.2f} standard deviations of the untrained model's)"
+    elif first is not None and last is not None and rows[0].get("reward/std"):
+        result += f" ({(last - first) / rows[0]['reward/std']:+.2f} standard deviations of the first epoch)"
     where = f"In {workdir}: reward.png, samples/, metrics.jsonl, TensorBoard events, checkpoints/"
     where += f" in {there}" if there else ""
-    print(f"{rise} {queries}. {where}", flush=True)
+    print(f"{result}. {where}", flush=True)
 
 
 class Signals:

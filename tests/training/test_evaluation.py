@@ -1,6 +1,7 @@
 """Evaluation in training: paired differences by hand, the same set whatever the run, and what a run writes of it."""
 
 import math
+import statistics
 import threading
 
 import numpy as np
@@ -77,6 +78,8 @@ def test_the_row():
     assert row["eval/reward/mean"] == 12 + 3.5 and row["eval/reward/difference"] == 2.0
     assert row["eval/reward/standard_error"] == 0.0 and row["eval/other/difference"] == -2.0
     assert row["eval/reward/even/mean"] == 1.0 and row["eval/diversity/difference"] == 0.0
+    assert row["eval/reward/deviations"] == pytest.approx(2 / statistics.pstdev(untrained["reward"].tolist()))
+    assert math.isnan(row["eval/reward/even/deviations"])  # 1.0 for every image: there is no unit
 
 
 def test_a_reward_that_fails_or_hangs_on_the_untrained_model_ends_the_run_in_one_line():

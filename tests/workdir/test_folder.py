@@ -172,9 +172,7 @@ def test_the_result_of_a_run_is_on_standard_output(tmp_path, capsys):
         writer.write({"epoch": 1, "reward/mean": 1.75, "reward/std": 0.1, "reward_queries": 128})
     folder.finish(tmp_path)
     printed = capsys.readouterr()
-    assert printed.out.startswith(
-        "reward 1 -> 1.75 (+0.75: +1.50 standard deviations of the first epoch) in 128 queries. "
-    )
+    assert printed.out.startswith("reward 1 -> 1.75 in 128 queries (+1.50 standard deviations of the first epoch). ")
     assert not printed.err
 
 
@@ -182,12 +180,14 @@ def test_the_result_of_a_run_is_on_standard_output(tmp_path, capsys):
 def test_the_result_of_an_evaluated_run_tells_its_last_evaluation(tmp_path, capsys, epochs, when):
     with metrics.Writer(tmp_path) as writer:
         for epoch, gain in list(enumerate((0.1, 0.5678, None)))[:epochs]:
-            evaluation = {"eval/reward/difference": gain, "eval/reward/standard_error": 0.123} if gain else {}
+            numbers = {"difference": gain, "standard_error": 0.123, "deviations": 1.25}
+            evaluation = {f"eval/reward/{key}": value for key, value in numbers.items()} if gain else {}
             writer.write(
                 {"epoch": epoch, "reward/mean": 1.0, "reward/std": 0.5, "reward_queries": 64 * (epoch + 1)} | evaluation
             )
     folder.finish(tmp_path)
-    assert f" queries; on equal prompts and noise +0.568 ± 0.12{when}. In " in capsys.readouterr().out
+    told = f" queries; on equal prompts and noise +0.568 ± 0.12{when} (+1.25 standard deviations of the untrained "
+    assert told in capsys.readouterr().out
 
 
 def test_a_finished_run_whose_metrics_are_gone_ends_well(tmp_path):
