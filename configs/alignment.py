@@ -20,7 +20,7 @@ def get_config(arg: str = "") -> ConfigDict:
     config = default_config()
     choose(config, "reward", "mini_verifier")
     choose(config, "algorithm", "loop")
-    choose(config, "weighting", "latent_change_squared")
+    choose(config, "weighting", "gaussian_early")  # of the schemes the one with which the miniature learns most
     choose(config, "prompts", "mini")
     config.prompts.category = "color"
     config.prompts.count = 8
