@@ -7,6 +7,7 @@ has it, and with the weighting that gains most in weighting_schemes.
 
 BASELINE = "ddpo"
 SEEDS = 5
+DIFFERENCE = 0.5
 REWARDS = {
     "jpeg_compressibility": "",
     "aesthetic": "",

@@ -5,6 +5,7 @@ miniature CLIP's score on the novel split, against the untrained model; DDPO and
 """
 
 BASELINE = "ddpo"
+SEEDS = 5
 EVALUATE = {"prompts": "novel", "samples-per-prompt": "10", "rewards": "{reward},clip_score,mini_verifier"}
 
 

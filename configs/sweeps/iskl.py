@@ -8,6 +8,8 @@ adherence. Not the paper's: ddpo_iskl_bounded, whose penalty has a clip and a ba
 from ddpo_jax.config.presets import learning_rate
 
 BASELINE = "ddpo"
+SEEDS = 5
+DIFFERENCE = 0.5
 EVALUATE = {"prompts": "training", "samples-per-prompt": "10", "rewards": "{reward},clip_score,mini_verifier"}
 
 

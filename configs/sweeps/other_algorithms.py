@@ -5,6 +5,8 @@ them, one comparison per algorithm.
 """
 
 BASELINE = "plain"
+SEEDS = 5
+DIFFERENCE = 0.5
 
 
 def runs():

@@ -5,6 +5,8 @@ sampler for all; SF makes one update of an epoch, as it must, the others four.
 """
 
 BASELINE = "ddpo"
+SEEDS = 5
+DIFFERENCE = 0.5
 
 
 def runs():

@@ -8,6 +8,8 @@ policy_gradients_by_category.py.
 """
 
 BASELINE = "ddpo"
+SEEDS = 5
+DIFFERENCE = 0.5
 EVALUATE = {"prompts": "training", "samples-per-prompt": "10", "rewards": "{reward}"}
 REWARDS = ("mini_verifier", "aesthetic")
 METHODS = {

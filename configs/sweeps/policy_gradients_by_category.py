@@ -8,6 +8,8 @@ images an epoch. REINFORCE makes one update of them, as it must, the others two.
 """
 
 BASELINE = "ddpo"
+SEEDS = 5
+DIFFERENCE = 0.5
 PROMPTS = {"color": 4, "shape": 4, "texture": 4, "spatial": 4, "numeracy": 4, "all": 8}
 METHODS = {
     "reinforce": "algorithm=reinforce,train.batch_size=96",

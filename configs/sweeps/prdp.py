@@ -8,6 +8,8 @@ preset. The verifier hardly moves in so few queries, so many prompts are also tr
 """
 
 BASELINE = "ddpo"
+SEEDS = 5
+DIFFERENCE = 0.5
 EVALUATE = {"prompts": "training", "samples-per-prompt": "10", "rewards": "{reward},clip_score,mini_verifier"}
 
 

@@ -8,6 +8,8 @@ reward without replay. Uniform weighting. The larger rate is "proportional to ho
 from ddpo_jax.config.presets import learning_rate
 
 BASELINE = "none"
+SEEDS = 5
+DIFFERENCE = 0.5
 
 
 def runs():

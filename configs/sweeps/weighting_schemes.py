@@ -6,6 +6,8 @@ not part of the figure.
 """
 
 BASELINE = "uniform"
+SEEDS = 5
+DIFFERENCE = 0.5
 SCHEMES = (
     "uniform",
     "ddim_std",
