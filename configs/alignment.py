@@ -2,9 +2,8 @@
 
 command:   python -m ddpo_jax.main --config=configs/alignment.py
 run time:  40 epochs of 128 images: 1 min 39 s on 2 quiet cores, compilation included
-expect:    on the miniature 0.42 -> 0.53, half a standard deviation (three seeds, first and last five epochs);
-           on equal prompts and noise +0.12 to +0.17, and CLIP score, which is not trained on, +0.06 to +0.12 (five
-           seeds, one device)
+expect:    on the miniature +0.16 to +0.22 on equal prompts and noise, 0.8 to 1.1 standard deviations of the untrained
+           model's rewards; CLIP score, which is not trained on, -0.03 to +0.12 (five seeds, one device)
 
 Eight prompts of two objects, of which the miniature often draws one. What it learns carries over to prompts it was not
 trained on. LOOP rather than DDPO: a z-score blows the rare failures of easy prompts up.
