@@ -60,7 +60,7 @@ ONLY = {
 # In these folders every file is a thing of its own: files import helpers (__init__.py, _name.py), not one another.
 FAMILIES = {"algorithms", "weighting", "replay", "rewards", "prompts"}
 HEAVY = {"torch", "transformers", "diffusers", "tensorflow", "peft", "open_clip", "trl"}  # tests only
-PEER = PACKAGE / "perf" / "trl_peer.py"  # which is another library's training, in a process of its own
+PEERS = {"trl_peer", "torch_peer"}  # of perf: another library's work, in a process of its own
 
 
 def imports(path):
@@ -84,11 +84,11 @@ def faults_of(path, names):
     room, faults = room_of(path), []
     for name in sorted(names):
         top, *rest = name.split(".")
-        if top in HEAVY and path != PEER:
+        if top in HEAVY and not (path.parent.name == "perf" and path.stem in PEERS):
             faults.append(f"imports {top}")
         if top != "ddpo_jax" or not rest:
             continue
-        if name.startswith("ddpo_jax.perf.trl_peer"):
+        if name.removeprefix("ddpo_jax.perf.").split(".")[0] in PEERS:
             faults.append("imports the peer, which is only run")
         other = rest[0]
         if other not in LAYER:
@@ -133,6 +133,7 @@ def test_imports_point_one_way(path):
         ("mini/x.py", "ddpo_jax.training.loop", "not below"),
         ("models/x.py", "torch.nn", "imports torch"),
         ("commands/x.py", "ddpo_jax.perf.trl_peer", "imports the peer"),
+        ("perf/x.py", "ddpo_jax.perf.torch_peer.Loop", "imports the peer"),
         ("main.py", "ddpo_jax.nowhere", "no room"),
     ],
 )

@@ -7,6 +7,7 @@ the update the gradient of its log-probability.
 examples:
   ddpo_jax benchmark                                  the miniature: rollout, update, rewards per second
   ddpo_jax benchmark --against=trl                    an epoch of the miniature, in turns with TRL's DDPOTrainer
+  ddpo_jax benchmark --model=sd15 --random-weights --against=torch    rollout and update, in turns with a PyTorch loop
   ddpo_jax benchmark --rewards                        rewards at full size on random weights, and the wait for one
   ddpo_jax benchmark --loop                           the convolution gradient inside a loop, by two rules
   ddpo_jax benchmark --model=sd15 --random-weights    Stable Diffusion 1.5 (sd21: 2.1) at 512 x 512, bfloat16
@@ -17,6 +18,7 @@ examples:
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from argparse import Namespace
@@ -93,7 +95,12 @@ def main(argv: Sequence[str]) -> None:
         "slice of so many chips, for the config as it is (--set=mesh.fsdp=8): bytes on a chip and between chips; none",
     )
     parser.add_argument("--loop", action="store_true", help="compare convolution gradients inside a loop")
-    parser.add_argument("--against", choices=("trl",), help="another library, where it is installed: epochs in turns")
+    parser.add_argument(
+        "--against",
+        choices=tuple(against.INSTALL),
+        help="trl: epochs of the miniature in turns with its DDPOTrainer; torch: rollout and update in turns with a "
+        "loop over diffusers' network (--set=train.lora_rank=0 trains all of it); where they are installed",
+    )
     parser.add_argument(
         "--rewards",
         nargs="?",
@@ -107,12 +114,14 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")
     args = parser.parse_args(argv)
     rewards = random_rewards.check_names(args.rewards) if args.rewards else []
+    if args.against == "torch":  # both processes are on the accelerator
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     backend, devices = cli.start_jax(cache=False)  # compile times are those of a first start
     header: dict[str, Any] = {"devices": f"{devices} x {jax.devices()[0].device_kind}"}
     if args.loop:
         print(benchmark.report(header, benchmark.loop_rows(args.repeats), args.json))
         return
-    if args.against:
+    if args.against == "trl":
         print(benchmark.report(header, against.compare(args.repeats, backend, devices), args.json))
         return
     many = args.memory_only and args.compile_for in capacity.SLICES
@@ -142,6 +151,10 @@ def main(argv: Sequence[str]) -> None:
     header |= {"adapter rank": train.lora_rank, "remat": train.remat, "repeats": args.repeats}
     parts = build(ready, random_model(config, size) if size else None)
     with parts.reward:
+        if args.against:
+            work = capacity.work(config, size) if size else None
+            print(benchmark.report(header, against.beside_torch(config, parts, args.repeats, work), args.json))
+            return
         if rewards:
             rows = benchmark.epoch_rows(config, parts, parts.init(), args.repeats)
             for what, value, unit in random_rewards.speed(rewards, args.repeats):
