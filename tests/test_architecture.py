@@ -60,7 +60,8 @@ ONLY = {
 # In these folders every file is a thing of its own: files import helpers (__init__.py, _name.py), not one another.
 FAMILIES = {"algorithms", "weighting", "replay", "rewards", "prompts"}
 HEAVY = {"torch", "transformers", "diffusers", "tensorflow", "peft", "open_clip", "trl"}  # tests only
-PEERS = {"trl_peer", "torch_peer"}  # of perf: another library's work, in a process of its own
+# Another library's work, in a process of its own.
+PEERS = {PACKAGE / "perf" / f"{name}.py" for name in ("trl_peer", "torch_peer")}
 
 
 def imports(path):
@@ -84,11 +85,11 @@ def faults_of(path, names):
     room, faults = room_of(path), []
     for name in sorted(names):
         top, *rest = name.split(".")
-        if top in HEAVY and not (path.parent.name == "perf" and path.stem in PEERS):
+        if top in HEAVY and path not in PEERS:
             faults.append(f"imports {top}")
         if top != "ddpo_jax" or not rest:
             continue
-        if name.removeprefix("ddpo_jax.perf.").split(".")[0] in PEERS:
+        if any(name.startswith(f"ddpo_jax.perf.{peer.stem}") for peer in PEERS):
             faults.append("imports the peer, which is only run")
         other = rest[0]
         if other not in LAYER:

@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -133,7 +134,7 @@ def beside_torch(config: ConfigDict, parts: Parts, repeats: int, work: capacity.
     """Milliseconds of a sample-step in rollout and update of each, and how many times faster this library's is.
 
     Args:
-      config: resolved, of the run; ``sample.batch_size`` is ``train.batch_size``.
+      config: resolved, of the run; both draw and train on ``train.batch_size`` images.
       parts: its parts; the trained parameters change.
       repeats: timed runs of each after a first one that compiles.
       work: operations of a sample, for the share of the chip's peak.
@@ -154,11 +155,8 @@ def beside_torch(config: ConfigDict, parts: Parts, repeats: int, work: capacity.
     with _Peer("torch", "torch_peer", loop_of(config, parts)) as theirs:
         ours = works(config, parts)
         for name in samples:
-            seconds: dict[str, list[float]] = {"torch": [], "ddpo_jax": []}
-            for turn in range(repeats + 1):
-                for who, took in (("torch", theirs.ask(name)), ("ddpo_jax", timed(ours[name]))):
-                    if turn:
-                        seconds[who].append(took)
+            runs = {"torch": partial(theirs.ask, name), "ddpo_jax": partial(timed, ours[name])}
+            seconds = in_turns(runs, repeats)
             typical = {who: float(np.median(values)) for who, values in seconds.items()}
             for who, value in typical.items():
                 found += [(f"{name}: {who}, per sample-step", 1e3 * value / samples[name], "ms")]
@@ -222,13 +220,18 @@ def compare(repeats: int, backend: str, devices: int) -> list[Row]:
     with _Peer("trl", "trl_peer", settings) as theirs:
         ours = {name: _epoch(settings, fraction, backend, devices) for name, fraction in FRACTIONS.items()}
         runs: dict[str, Callable[[], float]] = {"trl": lambda: theirs.ask("epoch"), **ours}
-        seconds: dict[str, list[float]] = {name: [] for name in runs}
-        for turn in range(repeats + 1):
-            for name, run in runs.items():
-                took = run()
-                if turn:
-                    seconds[name].append(took)
-    return rows(seconds)
+        return rows(in_turns(runs, repeats))
+
+
+def in_turns(runs: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """What each returned, one after another ``repeats`` times, without a first turn, which compiles."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(repeats + 1):
+        for name, run in runs.items():
+            took = run()
+            if turn:
+                found[name].append(took)
+    return found
 
 
 def rows(seconds: dict[str, list[float]]) -> list[Row]:

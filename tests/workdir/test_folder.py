@@ -186,8 +186,10 @@ def test_the_result_of_an_evaluated_run_tells_its_last_evaluation(tmp_path, caps
                 {"epoch": epoch, "reward/mean": 1.0, "reward/std": 0.5, "reward_queries": 64 * (epoch + 1)} | evaluation
             )
     folder.finish(tmp_path)
-    told = f" queries; on equal prompts and noise +0.568 ± 0.12{when} (+1.25 standard deviations of the untrained "
-    assert told in capsys.readouterr().out
+    told = (
+        f" queries; on equal prompts and noise +0.568 ± 0.12{when} (+1.25 standard deviations of the untrained model's)"
+    )
+    assert f"{told}. In " in capsys.readouterr().out
 
 
 def test_a_finished_run_whose_metrics_are_gone_ends_well(tmp_path):
